@@ -1,0 +1,133 @@
+"""Fulcrum's one command.
+
+python launch.py --config=configs/NAME.py[:argument=value,...] [--config.section.key=value ...] [--workdir=DIR] [--mode=MODE]
+
+Modes: train (default), evaluate (of the run in --workdir), show (the resolved config with every field's meaning), doctor (is
+this machine ready?). The same command resumes a run. Exit codes: 0 done, 2 usage, 74 storage, 75 stopped and resumable, 76
+numerical failure.
+"""
+
+import json
+import pathlib
+import sys
+import traceback
+
+from absl import flags
+
+from research.core import config_file, fields, files, schema
+from research.core.errors import ExitCode, FulcrumError, UsageError, nearest
+
+MODES = ('train', 'evaluate', 'show', 'doctor')
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_string('config', None, 'Config file, configs/NAME.py[:argument=value,...].', FLAGS)
+flags.DEFINE_string('workdir', None, 'Run directory; default runs/NAME, with a hash where the config is overridden.', FLAGS)
+flags.DEFINE_enum('mode', 'train', MODES, 'What to do.', FLAGS)
+flags.DEFINE_bool('allow_config_change', False, 'Resume a run although its config changed in a way that matters.', FLAGS)
+flags.DEFINE_bool('debug', False, 'Show the whole traceback of an error.', FLAGS)
+flags.DEFINE_bool('help', False, 'Show this help; --mode=show lists every config field.', FLAGS)
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Parses the flags; returns the overrides 'key=value' of --config.key=value."""
+    overrides = [a.lstrip('-').removeprefix('config.') for a in argv[1:] if a.startswith(('--config.', '-config.'))]
+    try:
+        rest = FLAGS([a for a in argv if not a.startswith(('--config.', '-config.'))])
+    except flags.Error as error:
+        raise UsageError(str(error).split('\n')[0], _flag_hint(argv)) from error
+    if len(rest) > 1:
+        dashed = f'did you mean --{rest[1]}?' if '=' in rest[1] else f'flags are --NAME=VALUE: {", ".join(sorted(FLAGS))}'
+        raise UsageError(f'unexpected argument {rest[1]!r}', dashed)
+    for override in overrides:
+        if '=' not in override:
+            raise UsageError(f'--config.{override} has no value', f'write --config.{override}=VALUE')
+    return overrides
+
+
+def _flag_hint(argv: list[str]) -> str:
+    words = [a.lstrip('-').split('=')[0] for a in argv[1:] if a.startswith('--')]
+    unknown = next((w for w in words if w not in FLAGS and not w.startswith('config.')), None)
+    return nearest(unknown, [f for f in FLAGS if f != '?']) if unknown else f'--mode is one of {", ".join(MODES)}'
+
+
+def load(overrides: list[str]) -> schema.Experiment:
+    """The experiment of --config and its overrides."""
+    if FLAGS.config is None:
+        raise UsageError('--config is missing', f'for example --config=configs/digits_cnn.py; {_known_configs()}')
+    config = config_file.load(FLAGS.config)
+    seen: dict[str, str] = {}
+    for path, _, text in (override.partition('=') for override in overrides):
+        if path in seen:
+            print(f'warning: --config.{path} is given twice; {text!r} counts', file=sys.stderr)
+        seen[path] = text
+        config_file.override(config, path, text)
+    return schema.resolve(config)
+
+
+def _known_configs() -> str:
+    return 'known: ' + ', '.join(str(p) for p in sorted(pathlib.Path('configs').glob('*.py')) if p.stem != '__init__')
+
+
+def default_workdir(experiment: schema.Experiment) -> pathlib.Path:
+    """runs/NAME, or runs/NAME-HASH where the config differs from its file: another experiment is never mixed in."""
+    changed = FLAGS.config.partition('.py:')[2] or experiment != schema.resolve(config_file.load(FLAGS.config))
+    suffix = '-' + files.digest([json.dumps(fields.to_plain(experiment), sort_keys=True)], 4) if changed else ''
+    return pathlib.Path('runs') / f'{experiment.name}{suffix}'
+
+
+def dispatch(overrides: list[str]) -> None:
+    """Runs the chosen mode. jax is imported only after the config was found to be right."""
+    if FLAGS.mode == 'doctor':
+        from research.train import doctor
+
+        return doctor.report(pathlib.Path(FLAGS.workdir or 'runs'))
+    if FLAGS.mode == 'evaluate' and FLAGS.workdir is not None:
+        from research.train import evaluate_run
+
+        return evaluate_run.report(pathlib.Path(FLAGS.workdir), overrides)
+    experiment = load(overrides)
+    if FLAGS.mode == 'show':
+        from research.core import show
+
+        return show.report(experiment)
+    if FLAGS.mode == 'evaluate':
+        raise UsageError('--workdir is missing', f'for example --workdir={default_workdir(experiment)}')
+    return train(experiment, pathlib.Path(FLAGS.workdir or default_workdir(experiment)), overrides)
+
+
+def train(experiment: schema.Experiment, workdir: pathlib.Path, overrides: list[str]) -> None:
+    """Trains, or says that the run is complete."""
+    from research.train.run_directory import RunDirectory, finished
+
+    summary = finished(experiment, RunDirectory(workdir), FLAGS.allow_config_change)
+    if summary is not None:
+        print(f'{workdir} is complete at step {summary["step"]}; its results are in {workdir / "summary.json"}')
+        print('fix: to train again give another --workdir or seed, or delete that folder')
+        return
+    from research.train import loop
+
+    loop.train(experiment, workdir, overrides, FLAGS.allow_config_change)
+    print(f'summary: {workdir / "summary.json"}')
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; returns its exit code. A failure that is expected is told in at most three lines."""
+    try:
+        overrides = parse(argv)
+        if FLAGS.help:
+            print(f'{__doc__}\nFlags:\n{FLAGS.get_help()}\n{_known_configs()}')
+        else:
+            dispatch(overrides)
+    except FulcrumError as error:
+        if '--debug' in argv:
+            traceback.print_exc()
+        print(f'error: {error}', file=sys.stderr)
+        return int(error.exit_code)
+    except KeyboardInterrupt:
+        print('error: ended at once; the same command goes on from the last checkpoint', file=sys.stderr)
+        return int(ExitCode.STOPPED)
+    return int(ExitCode.DONE)
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv))

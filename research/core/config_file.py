@@ -1,0 +1,203 @@
+"""From `configs/NAME.py[:argument=value,...]` and `--config.key=value` overrides to a plain nested dict.
+
+A config file is a Python module with `get_config(**arguments)`, whose arguments are typed by their defaults:
+
+    load('configs/digits_cnn.py:epochs=3')         # calls get_config(epochs=3)
+    override(config, 'train.duration', '2 epochs')
+
+An override's text is read by the type of its field ('1e3' is a good int, 'true' a bool, 'none' None); names of components
+replace the whole component, so that no argument of the old one stays behind. Nothing is executed but the config file itself.
+"""
+
+import ast
+import importlib.util
+import inspect
+import pathlib
+import traceback
+from typing import Any
+
+from research.core import fields, registry
+from research.core.errors import FulcrumError, UsageError, nearest
+from research.core.schema import Experiment
+
+BOOLEANS = {'true': True, 'false': False}
+
+
+def load(text: str) -> dict[str, Any]:
+    """The config, as nested plain dicts, of 'FILE.py' or 'FILE.py:argument=value,...'.
+
+    Raises:
+      UsageError: no such file, no `get_config` in it, an argument it does not take, or an error inside it.
+    """
+    path, _, arguments = text.partition('.py:')
+    path = pathlib.Path(path if path.endswith('.py') else path + '.py')
+    if not path.is_file():
+        known = [str(p) for p in sorted((path.parent if path.parent.is_dir() else pathlib.Path('configs')).glob('*.py'))]
+        raise UsageError(f'there is no config file {str(path)!r}', nearest(str(path), known))
+    get_config = _import(path)
+    config = registry.plain(_call(path, get_config, _arguments(get_config, arguments)))
+    config['name'] = config.get('name') or path.stem
+    return config
+
+
+def override(config: dict[str, Any], path: str, text: str) -> None:
+    """Sets one key of a plain config from the text of a `--config.PATH=TEXT` flag, in place.
+
+    Raises:
+      UsageError: there is no such key, or the text cannot be read as its type.
+    """
+    field, where, rest = fields.find(Experiment, path)
+    *parents, last = where.split('.')
+    section = config
+    for word in parents:
+        section = section[word] = _as_dict(section[word])
+    if field is None:
+        section[last] = _as_dict(section[last])
+        _set_argument(section[last], _kind(where), rest, text, f'config.{path}')
+    elif 'component' in field.metadata:
+        _rename(config, where.removesuffix('.name'), text)
+    elif 'many' in field.metadata:
+        section[last] = _set_many(section[last], field.metadata['kind'], rest, text, f'config.{path}')
+    elif 'kind' in field.metadata:
+        section[last] = _set_component(section[last], field.metadata['kind'], rest, text, f'config.{path}')
+    elif rest:
+        raise UsageError(f'config.{path} does not exist: config.{where} is a value', f'set config.{where}')
+    else:
+        section[last] = read(text, fields.type_name(field), f'config.{path}')
+
+
+def read(text: str, annotation: str, where: str) -> Any:
+    """The value that `text` spells for a field of type `annotation` such as 'int', 'str | None', 'tuple[str, ...]'."""
+    choices = {part.split('[')[0].strip() for part in registry.alternatives(annotation)}
+    if 'None' in choices and text.lower() in ('none', 'null'):
+        return None
+    if 'bool' in choices and text.lower() in BOOLEANS:
+        return BOOLEANS[text.lower()]
+    number = _number(text)
+    if number is not None and choices & {'int', 'float'}:
+        whole = 'int' in choices and number == int(number)
+        if whole or 'float' in choices:
+            return int(number) if whole else number
+    if choices & {'str', 'Duration'} and not choices & {'tuple', 'list'}:
+        return text
+    literal = _literal(text)
+    if choices == {'bool'}:
+        raise UsageError(f'{where}={text} is not a bool', 'use true or false')
+    if choices <= {'int', 'float', 'None'}:
+        raise UsageError(f'{where}={text} is not {annotation}', f'give a number, for example {where}=1')
+    return (literal,) if choices & {'tuple', 'list'} and isinstance(literal, (str, int, float)) else literal
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if abs(number) < float('inf') else None
+
+
+def _literal(text: str) -> Any:
+    """A Python literal; a bare word, or what is no literal, is a string."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return BOOLEANS.get(text.lower(), text)
+
+
+def _as_dict(value: Any) -> dict[str, Any]:
+    return registry.parse(value, 'config') if isinstance(value, str) else dict(value)
+
+
+def _kind(where: str) -> str:
+    """The kind of component of an open section."""
+    return fields.find(Experiment, where)[0].metadata['component']  # type: ignore[union-attr]
+
+
+def _rename(config: dict[str, Any], where: str, text: str) -> None:
+    """Gives an open section another component: its declared keys stay, the arguments of the old component go."""
+    *parents, last = where.split('.')
+    section: Any = config
+    for word in parents:
+        section = section[word]
+    schema: Any = Experiment
+    for word in where.split('.'):
+        schema = fields.declared(schema)[word].metadata['section']
+    kept = {k: v for k, v in _as_dict(section[last]).items() if k in fields.declared(schema)}
+    section[last] = kept | registry.parse(text, f'config.{where}')
+
+
+def _set_component(value: Any, kind: str, rest: str, text: str, where: str) -> Any:
+    """A component field: replaced whole (`model=mlp`, `model.name=mlp`), or one argument of it set (`model.width=3`)."""
+    if rest in ('', 'name'):
+        return None if text.lower() in ('none', 'null') else registry.parse(text, where)
+    if value is None:
+        raise UsageError(f'{where} does not exist: there is no component', f'set {where.rsplit(".", 1)[0]}=NAME first')
+    value = _as_dict(value)
+    _set_argument(value, kind, rest, text, where)
+    return value
+
+
+def _set_argument(component: dict[str, Any], kind: str, argument: str, text: str, where: str) -> None:
+    parameters = registry.signature(kind, component['name']) or {}
+    annotation = parameters[argument].annotation if argument in parameters else 'Any'
+    component[argument] = _literal(text) if annotation == 'Any' else read(text, annotation, where)
+
+
+def _set_many(values: Any, kind: str, rest: str, text: str, where: str) -> list[Any]:
+    """A list of components: replaced whole ('flip, pad_crop(padding=2)' or 'none'), or one of them by index."""
+    if not rest:
+        return registry.parse_many(text, where)
+    values = [values] if isinstance(values, (str, dict)) else list(values)
+    index, _, argument = rest.partition('.')
+    if not index.isdigit() or int(index) >= len(values):
+        raise UsageError(f'{where}: there is no component {index!r}', f'there are {len(values)}, counted from 0')
+    values[int(index)] = _set_component(values[int(index)], kind, argument, text, where)
+    return values
+
+
+def _import(path: pathlib.Path) -> Any:
+    """The `get_config` of a config file."""
+    spec = importlib.util.spec_from_file_location(f'config_{path.stem}', path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    _guarded(path, lambda: spec.loader.exec_module(module))  # type: ignore[union-attr]
+    if not hasattr(module, 'get_config'):
+        raise UsageError(f'{path} has no function get_config', 'define get_config() that edits and returns default_config()')
+    return module.get_config
+
+
+def _arguments(get_config: Any, text: str) -> dict[str, Any]:
+    """'a=1,b=x' as keyword arguments of `get_config`, typed by its defaults."""
+    parameters = inspect.signature(get_config).parameters
+    result = {}
+    for part in filter(None, text.split(',')):
+        key, equals, value = part.partition('=')
+        if key not in parameters or not equals:
+            known = ', '.join(f'{k}={p.default!r}' for k, p in parameters.items()) or 'it takes none'
+            raise UsageError(f'the config file takes no argument {part!r}', f'write NAME.py:argument=value; known: {known}')
+        default = parameters[key].default
+        result[key] = _literal(value) if default is None else read(value, type(default).__name__, key)
+    return result
+
+
+def _call(path: pathlib.Path, get_config: Any, arguments: dict[str, Any]) -> Any:
+    config = _guarded(path, lambda: get_config(**arguments))
+    if not hasattr(config, 'items'):
+        raise UsageError(f'get_config of {path} returned {config!r}', 'return the edited default_config()')
+    return config
+
+
+def _guarded(path: pathlib.Path, function: Any) -> Any:
+    """Runs code of the user's config file; an error in it is told with the file's own line, not with ours."""
+    try:
+        return function()
+    except FulcrumError:
+        raise
+    except Exception as error:
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if pathlib.Path(f.filename) == path.resolve()]
+        frames = frames or [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        line = f':{frames[-1].lineno}' if frames else f':{error.lineno}' if isinstance(error, SyntaxError) else ''
+        shown = str(error).split('\n')
+        hint = next((part for part in shown if part.startswith('Did you mean')), '')
+        raise UsageError(f'{path}{line}: {type(error).__name__}: {shown[0][:120]}', hint or 'correct that line') from error

@@ -1,0 +1,64 @@
+"""Errors with a fix, and the exit codes that schedulers act on.
+
+Every expected failure is a `FulcrumError`: what is wrong, how to mend it, and the process's exit code. `launch.py` prints it
+in at most three lines:
+
+    error: model 'cnnn' does not exist
+      fix: did you mean 'cnn'? known: cnn, mlp
+"""
+
+import difflib
+import enum
+from collections.abc import Iterable
+
+
+class ExitCode(enum.IntEnum):
+    """Exit codes of `launch.py`; an interface for Slurm, Kubernetes and shell loops."""
+
+    DONE = 0
+    USAGE = 2  # never retry: the command or the config is wrong
+    STORAGE = 74
+    STOPPED = 75  # stopped on request; the same command resumes
+    NUMERICAL = 76
+    PERMISSION = 77
+    WATCHDOG = 124
+
+
+class FulcrumError(Exception):
+    """An expected failure: `message` says what is wrong, `fix` what to do, `exit_code` what the scheduler sees."""
+
+    exit_code = ExitCode.USAGE
+
+    def __init__(self, message: str, fix: str = ''):
+        super().__init__(message if not fix else f'{message}\n  fix: {fix}')
+        self.message, self.fix = message, fix
+
+
+class UsageError(FulcrumError):
+    """The command line, the config or the data is not what the program can work with."""
+
+
+class StorageError(FulcrumError):
+    """The run directory cannot be read or written."""
+
+    exit_code = ExitCode.STORAGE
+
+
+class StoppedError(FulcrumError):
+    """The run stopped on request (Ctrl-C) after saving; the same command goes on."""
+
+    exit_code = ExitCode.STOPPED
+
+
+class NumericalError(FulcrumError):
+    """Training cannot go on: the numbers are not finite."""
+
+    exit_code = ExitCode.NUMERICAL
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint for a misspelt `word`: the nearest known word if one is near, and at most twelve of those that exist."""
+    known = sorted(set(known))
+    listed = ', '.join(known[:12]) + (f', ... ({len(known)} in all)' if len(known) > 12 else '')
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f'did you mean {close[0]!r}? known: {listed}' if close else f'known: {listed}'

@@ -1,0 +1,65 @@
+"""Small file operations that survive a crash: atomic writes, JSON lines, fingerprints."""
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+Path = str | os.PathLike[str]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes `text` so that a reader, or a crash, sees the old file or the new one, never a part."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    with open(temporary, 'w', encoding='utf-8') as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as indented JSON, atomically. NaN and infinity become null: JSON has no such numbers."""
+    write_atomically(path, json.dumps(finite(value), indent=2, allow_nan=False) + '\n')
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file."""
+    with open(path, encoding='utf-8') as file:
+        return json.load(file)
+
+
+def json_line(record: dict[str, Any]) -> str:
+    """One line of JSON lines, with its newline."""
+    return json.dumps(finite(record), allow_nan=False) + '\n'
+
+
+def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a JSON-lines file; a torn last line (the writer was killed) is left out."""
+    with open(path, encoding='utf-8') as file:
+        for line in file:
+            if line.endswith('\n'):
+                yield json.loads(line)
+
+
+def finite(value: Any) -> Any:
+    """`value` with every non-finite float replaced by None, through dicts, lists and tuples."""
+    if isinstance(value, dict):
+        return {str(k): finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    if isinstance(value, float) and (value != value or value in (float('inf'), float('-inf'))):
+        return None
+    return value
+
+
+def digest(parts: Iterable[bytes | str], length: int = 16) -> str:
+    """A hexadecimal fingerprint (blake2b) of `parts`; the borders between parts count."""
+    state = hashlib.blake2b(digest_size=length)
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        state.update(len(data).to_bytes(8, 'little') + data)
+    return state.hexdigest()

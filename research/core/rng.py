@@ -1,0 +1,27 @@
+"""Randomness is an address: a key is a pure function of (seed, name, numbers), so no generator state is ever stored.
+
+Shape letters: B batch.
+
+    rng.key(42, 'dropout', step)      # one key for one step, the same on every host, device count and restart
+    rng.example_keys(rng.key(42, 'augment'), ids, epochs)      # (B,) keys that follow the example, not its place in the batch
+"""
+
+import zlib
+
+import jax
+
+
+def key(seed: int, name: str, *numbers: int | jax.Array) -> jax.Array:
+    """The random key at the address (seed, name, *numbers); the numbers may be traced integers.
+
+    Returns a typed scalar key (`jax.random.key`).
+    """
+    result = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+    for number in numbers:
+        result = jax.random.fold_in(result, number)
+    return result
+
+
+def example_keys(stream: jax.Array, ids: jax.Array, epochs: jax.Array) -> jax.Array:
+    """One key per example, (B,), from its id (B,) and epoch (B,): independent of batch size, order and devices."""
+    return jax.vmap(lambda i, e: jax.random.fold_in(jax.random.fold_in(stream, i), e))(ids, epochs)

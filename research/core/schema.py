@@ -1,0 +1,248 @@
+"""The experiment: every key a config may hold, with its type, default, unit and meaning. The only source of keys.
+
+A config file starts from `default_config()` (a locked ConfigDict), edits it and returns it; `resolve` turns it into a frozen
+`Experiment` and is the only way in: unknown, misspelt, mistyped and out-of-range keys are refused with the nearest valid
+name. Reading this module imports neither jax nor any component.
+
+    config = default_config()
+    config.model = 'cnn(features=(32, 64))'
+    config.train.duration = '10 epochs'
+    experiment = resolve(config)        # experiment.train.duration == Duration(10.0, 'epochs')
+
+An *open* section is a component: `name` plus the component's own keyword arguments (`core/registry.py`). A field marked
+`resumable` does not change what is trained: a run may be resumed with another value of it.
+"""
+
+import dataclasses
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from research.core import fields
+from research.core.durations import Duration
+from research.core.errors import UsageError
+from research.core.fields import value
+from research.core.registry import Component
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What is learned from."""
+
+    source: Component = value('digits', 'where the examples come from', kind='source')
+    validation: float = value(
+        0.1, 'share of the training split held out for validation where the data set has no such split', low=0.0, high=0.9
+    )
+    test: float = value(0.2, 'share held out for the test where the data set has no such split', low=0.0, high=0.9)
+    budget: str | None = value(
+        None, "data budget: train on a nested, class-stratified subset, '5%' or '1000 examples'; None: all"
+    )
+    subset_seed: int = value(0, 'which nested family of subsets a budget draws from', low=0)
+    batch_size: int = value(128, 'examples in one step, over all devices and hosts', unit='examples', low=1)
+    evaluation_batch_size: int = value(
+        512, 'examples in one evaluation batch, over all devices', unit='examples', low=1, resumable=True
+    )
+    augment: tuple[Component, ...] = value(
+        (), 'augmentations of training batches, in order, on the 0..255 image', kind='augmentation', many=True
+    )
+    preprocess: tuple[Component, ...] = value(
+        ('normalise',), 'what every batch goes through, in training and evaluation', kind='augmentation', many=True
+    )
+    placement: str = value(
+        'host', 'where the examples wait: host memory, or whole on every device', choices=('host', 'device'), resumable=True
+    )
+    prefetch: int = value(2, 'batches prepared ahead by a background thread; 0: none', unit='batches', low=0, resumable=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How the learning rate moves (open: the shape's own arguments)."""
+
+    name: str = value('constant', 'shape of the learning rate after warm-up', component='schedule')
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    warmup: Duration = value('0 steps', "linear warm-up from near zero; '5%' counts against the run", unit='duration')
+
+    @property
+    def component(self) -> Component:
+        """The shape with its arguments."""
+        return Component('schedule', self.name, self.arguments)
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """How the parameters move (open: the algorithm's own arguments)."""
+
+    name: str = value('adam', 'the algorithm', component='optimizer')
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    learning_rate: float = value(1e-3, 'peak learning rate', above=0.0)
+    schedule: Schedule = value(None, 'learning-rate schedule', section=Schedule)
+    weight_decay: float | None = value(
+        None, "decoupled decay is multiplied by the learning rate; None: the algorithm's own (adamw 1e-4, others 0)", low=0.0
+    )
+    decay: str = value('decoupled', "'decoupled' from the gradient (AdamW) or 'l2' added to it", choices=('decoupled', 'l2'))
+    decay_rules: tuple[tuple[str, float], ...] | None = value(
+        None, 'named-leaf rules: multiplier of the decay; None: kernels and embeddings only', rules=True
+    )
+    rate_rules: tuple[tuple[str, float | None], ...] = value(
+        (('.*', 1.0),), 'named-leaf rules: multiplier of the learning rate; None freezes the leaf', rules=True
+    )
+    clip: Component | None = value(None, 'gradient clipping', kind='clip')
+
+    @property
+    def component(self) -> Component:
+        """The algorithm with its arguments."""
+        return Component('optimizer', self.name, self.arguments)
+
+
+@dataclasses.dataclass(frozen=True)
+class EarlyStop:
+    """When to stop before the end."""
+
+    metric: str | None = value(None, "stop when this stops improving, e.g. 'validation/loss'; None: never")
+    mode: str = value('min', "whether less ('min') or more ('max') is better", choices=('min', 'max'))
+    patience: int = value(5, 'evaluations without improvement that are borne', unit='evaluations', low=1)
+    margin: float = value(0.0, 'improvement that counts as one', low=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """How long and how one step is taken."""
+
+    duration: Duration = value('10 epochs', "compute budget: '10 epochs', '2000 steps', '50000 examples' or '1e15 flops'")
+    accumulate: int = value(1, 'microbatches whose gradients are added up to one step', low=1)
+    precision: str = value('float32', 'dtype of the computation; parameters stay float32', choices=('float32', 'bfloat16'))
+    ema: float = value(0.0, 'decay of the parameter average that is evaluated; 0: none', low=0.0, high=1.0)
+    skip_nonfinite: bool = value(True, 'leave the state as it is where a gradient is not finite, and count it')
+    max_skips: int = value(
+        20, 'skipped steps in a row, seen at a log step, after which the run ends with code 76', low=1, resumable=True
+    )
+    early_stop: EarlyStop = value(None, 'early stopping', section=EarlyStop)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """When and on what the model is evaluated."""
+
+    every: Duration = value('1 epoch', "period of the evaluations; '0 steps': only at the end", resumable=True)
+    splits: tuple[str, ...] = value(('validation',), 'splits of the periodic evaluations', resumable=True)
+    final: tuple[str, ...] = value(('validation', 'test'), 'splits evaluated at the end', resumable=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What is kept of a run."""
+
+    every: Duration = value('1 epoch', "period of the checkpoints; '0 steps': only at the end", resumable=True)
+    keep: int = value(2, 'newest checkpoints kept', low=1, resumable=True)
+    best: str | None = value(None, "keep the best state too, judged by this, e.g. 'validation/accuracy'", resumable=True)
+    best_mode: str = value('max', "whether more ('max') or less ('min') is better", choices=('min', 'max'), resumable=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    """What is told, and how often."""
+
+    every: Duration = value('50 steps', 'period of the training records', resumable=True)
+    plain_every: float = value(5.0, 'period of lines where there is no terminal', unit='seconds', above=0.0, resumable=True)
+    tensorboard: bool = value(True, 'write TensorBoard event files', resumable=True)
+    model_table: bool = value(True, 'print the table of layers, parameters and FLOPs at the start', resumable=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parallel:
+    """How the step is laid over devices."""
+
+    compile: str = value('jit', 'jit with NamedSharding, or pmap over the data axis', choices=('jit', 'pmap'), resumable=True)
+    devices: int | None = value(None, 'how many of the visible devices to use; None: all', low=1, resumable=True)
+    rules: tuple[tuple[str, tuple], ...] = value(
+        (('.*', ()),), 'named-leaf rules: partition spec of each leaf of the state', rules=True, resumable=True
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One run, whole and typed."""
+
+    name: str = value('', 'name of the experiment; empty: that of the config file', resumable=True)
+    seed: int = value(42, 'seed of initialisation, order and augmentation', low=0, high=2**31 - 1)
+    data: Data = value(None, 'the data', section=Data)
+    model: Component = value('cnn', 'the network', kind='model')
+    task: Component = value('classify', 'what is learned: loss and metrics', kind='task')
+    optimizer: Optimizer = value(None, 'the optimiser', section=Optimizer)
+    train: Train = value(None, 'the training', section=Train)
+    evaluate: Evaluate = value(None, 'the evaluation', section=Evaluate)
+    checkpoint: Checkpoint = value(None, 'the checkpoints', section=Checkpoint)
+    log: Log = value(None, 'the log', section=Log)
+    parallel: Parallel = value(None, 'the devices', section=Parallel)
+    init_from: str | None = value(None, 'run directory whose newest parameters this run starts from')
+    price_per_device_hour: float | None = value(
+        None, 'what one device costs; None: unknown, and so is the money spent', unit='USD', low=0.0, resumable=True
+    )
+
+
+def default_config() -> Any:
+    """A locked `ml_collections.ConfigDict` with every key and its default, in the form that a config file edits."""
+    config: Any = ConfigDict(fields.defaults(Experiment), type_safe=False)
+    config.lock()
+    for section in (config.data.source, config.model, config.task, config.optimizer, config.optimizer.schedule):
+        section.unlock()  # open: it takes its component's arguments
+    return config
+
+
+def resolve(config: Any) -> Experiment:
+    """The checked experiment that a config (ConfigDict or nested dict) describes.
+
+    Raises:
+      UsageError: an unknown, misspelt, mistyped or out-of-range key, with the nearest valid name.
+    """
+    experiment = fields.build(Experiment, Experiment, config, 'config')
+    _check_together(experiment)
+    return experiment
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """One difference between two experiments; `resumable` if a run may go on with it."""
+
+    path: str
+    old: Any
+    new: Any
+    resumable: bool
+
+    def __str__(self) -> str:
+        return f'{self.path}: {self.old!r} -> {self.new!r}'
+
+
+def differences(old: Experiment, new: Experiment) -> list[Change]:
+    """Every field in which two experiments differ, by path."""
+    olds, news = fields.flat(fields.to_plain(old)), fields.flat(fields.to_plain(new))
+    free = [path for path, field in fields.walk(Experiment) if 'resumable' in field.metadata]
+    changed = [p for p in sorted(olds | news) if olds.get(p) != news.get(p)]
+    return [Change(p, olds.get(p), news.get(p), any(p == f or p.startswith(f + '.') for f in free)) for p in changed]
+
+
+def parse_budget(text: str) -> Duration:
+    """A data budget, '5%' or '1000 examples', as an amount with its unit."""
+    budget = fields.duration(text, 'config.data.budget')
+    if budget.unit not in ('%', 'examples') or budget.amount <= 0 or (budget.unit == '%' and budget.amount > 100):
+        raise UsageError(f'config.data.budget is {text!r}', "write a share such as '5%' or a count such as '1000 examples'")
+    return budget
+
+
+def _check_together(experiment: Experiment) -> None:
+    """Rules that bind several fields."""
+    data, train = experiment.data, experiment.train
+    if data.batch_size % train.accumulate:
+        raise UsageError(
+            f'config.train.accumulate={train.accumulate} does not divide config.data.batch_size={data.batch_size}',
+            'choose a batch size that is a multiple of it',
+        )
+    if train.duration.unit == '%' or train.duration.amount <= 0:
+        raise UsageError(f"config.train.duration is '{train.duration}'", "write '10 epochs', '2000 steps' or '1e15 flops'")
+    if data.validation + data.test >= 1:
+        raise UsageError(
+            f'config.data.validation={data.validation} and config.data.test={data.test} leave nothing to train on',
+            'make their sum less than 1',
+        )
+    if data.budget is not None:
+        parse_budget(data.budget)

@@ -1,0 +1,250 @@
+"""Image augmentation inside the jitted step: geometry, erasing, normalising, and how augmentations are chained.
+
+Shape letters: B batch, H height, W width, C channels.
+
+Every component gives an `Augmentation`: a pure function `(keys, batch) -> batch` with one random key per example, so what
+happens to an example follows from its key alone: not from its place in the batch, the batch size or the devices. Images
+are uint8, or float32 on the same 0..255 scale, until `normalise`.
+
+    augment = chain([pad_crop(padding=4), flip(), normalise(mean=0.5, std=0.25)])
+    batch = augment(rng.example_keys(stream, batch['id'], batch['epoch']), batch)      # a pixel of 255 is (1 - 0.5) / 0.25 = 2
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from research.core.errors import UsageError
+
+Batch = dict[str, jax.Array]
+Augmentation = Callable[[jax.Array, Batch], Batch]
+
+ERASING_ATTEMPTS = 10  # rectangles drawn per example until one fits, as in torchvision
+
+
+def chain(augmentations: Sequence[Augmentation]) -> Augmentation:
+    """One augmentation that applies all in order; each member's index is folded into the keys, so none share randomness."""
+
+    def apply(keys: jax.Array, batch: Batch) -> Batch:
+        for index, augmentation in enumerate(augmentations):
+            batch = augmentation(jax.vmap(jax.random.fold_in, (0, None))(keys, index), batch)
+        return batch
+
+    return apply
+
+
+def on_images(transform: Callable[[jax.Array, jax.Array], jax.Array]) -> Augmentation:
+    """The augmentation that replaces the images (B, H, W, C) of a batch by `transform(keys, images)`."""
+
+    def apply(keys: jax.Array, batch: Batch) -> Batch:
+        return batch | {'image': transform(keys, images_of(batch))}
+
+    return apply
+
+
+def flip(*, probability: float = 0.5) -> Augmentation:
+    """Mirrors left and right with `probability`; dtype and shape are kept."""
+    check_range('flip.probability', probability, 0, 1)
+    return on_images(lambda keys, images: _flip(images, draw_chosen(keys, probability)))
+
+
+def _flip(images: jax.Array, chosen: jax.Array) -> jax.Array:
+    return jnp.where(chosen[:, None, None, None], images[:, :, ::-1], images)
+
+
+def pad_crop(*, padding: int = 4, mode: str = 'constant') -> Augmentation:
+    """Pads every side by `padding` pixels and crops back to H x W at a uniform position; dtype and shape are kept.
+
+    Args:
+      padding: pixels added on each side.
+      mode: 'constant' pads with 0, 'reflect' mirrors without repeating the border pixel (padding < H, W).
+    """
+    check_range('pad_crop.padding', padding, 0)
+    check_choice('pad_crop.mode', mode, ('constant', 'reflect'))
+
+    def transform(keys: jax.Array, images: jax.Array) -> jax.Array:
+        if mode == 'reflect' and padding >= min(images.shape[1:3]):
+            raise UsageError(
+                f'pad_crop.padding is {padding}, but images of {images.shape[1]} x {images.shape[2]} reflect fewer pixels',
+                f'set padding to at most {min(images.shape[1:3]) - 1}',
+            )
+        return _crop(images, _crop_offsets(keys, padding), padding, mode)
+
+    return on_images(transform)
+
+
+def _crop_offsets(keys: jax.Array, padding: int) -> jax.Array:
+    """Top and left corner of each crop in the padded image, (B, 2) int32 in 0..2 * padding."""
+    return jax.vmap(lambda key: jax.random.randint(key, (2,), 0, 2 * padding + 1))(keys)
+
+
+def _crop(images: jax.Array, offsets: jax.Array, padding: int, mode: str) -> jax.Array:
+    """The crops at `offsets` (B, 2), by index arithmetic: the padded images are never made."""
+    for axis in (1, 2):
+        last = images.shape[axis] - 1
+        positions = jnp.arange(last + 1) + offsets[:, axis - 1, None] - padding  # (B, H) or (B, W)
+        positions = jnp.expand_dims(positions, (2, 3) if axis == 1 else (1, 3))  # (B, H, 1, 1) or (B, 1, W, 1)
+        if mode == 'reflect':
+            images = jnp.take_along_axis(images, last - abs(last - abs(positions)), axis)
+        else:
+            taken = jnp.take_along_axis(images, jnp.clip(positions, 0, last), axis)
+            images = jnp.where((positions >= 0) & (positions <= last), taken, 0)
+    return images
+
+
+def cutout(*, size: int = 8, fill: int = 0) -> Augmentation:
+    """Sets a `size` x `size` square to `fill`; its centre is uniform over the pixels and the borders clip it.
+
+    DeVries & Taylor 2017 (arXiv:1708.04552), section 3.2.
+    """
+    check_range('cutout.size', size, 1)
+    check_range('cutout.fill', fill, 0, 255)
+
+    def transform(keys: jax.Array, images: jax.Array) -> jax.Array:
+        centres = draw_centres(keys, images.shape[1], images.shape[2])
+        return _erase(images, square(centres, jnp.full_like(centres, size)), jnp.asarray(fill, images.dtype))
+
+    return on_images(transform)
+
+
+def random_erasing(
+    *,
+    probability: float = 0.25,
+    area: tuple[float, float] = (0.02, 0.3333),
+    aspect: tuple[float, float] = (0.3, 3.3),
+    fill: str = 'random',
+) -> Augmentation:
+    """Erases a random rectangle with `probability`. Zhong et al. 2017 (arXiv:1708.04896), section 3.
+
+    As in torchvision the aspect ratio is log-uniform (the paper: uniform), so that tall and wide are equally likely, and an
+    example for which none of ten drawn rectangles fits stays as it is.
+
+    Args:
+      probability: of erasing at all.
+      area: least and greatest share of the image that is erased.
+      aspect: least and greatest height / width of the rectangle.
+      fill: 'random' (each value uniform over 0..255) or 'zero'.
+    """
+    check_range('random_erasing.probability', probability, 0, 1)
+    check_interval('random_erasing.area', area, 0, 1)
+    check_interval('random_erasing.aspect', aspect, 1e-3, 1e3)
+    check_choice('random_erasing.fill', fill, ('random', 'zero'))
+
+    def transform(keys: jax.Array, images: jax.Array) -> jax.Array:
+        box_keys, noise_keys = jax.vmap(jax.random.split, out_axes=1)(keys)  # (B,) each
+        boxes = _erasing_boxes(box_keys, images.shape[1], images.shape[2], probability, area, aspect)
+        return _erase(images, boxes, _noise(noise_keys, images) if fill == 'random' else jnp.zeros_like(images))
+
+    return on_images(transform)
+
+
+def _erasing_boxes(
+    keys: jax.Array, height: int, width: int, probability: float, area: tuple[float, float], aspect: tuple[float, float]
+) -> jax.Array:
+    """Top, left, height and width of what is erased, (B, 4) int32; height and width are 0 where nothing is."""
+
+    def draw(key: jax.Array) -> jax.Array:
+        chosen_key, area_key, aspect_key, top_key, left_key = jax.random.split(key, 5)
+        areas = height * width * jax.random.uniform(area_key, (ERASING_ATTEMPTS,), minval=area[0], maxval=area[1])
+        logs = jax.random.uniform(aspect_key, (ERASING_ATTEMPTS,), minval=math.log(aspect[0]), maxval=math.log(aspect[1]))
+        sides = jnp.stack([jnp.sqrt(areas * jnp.exp(logs)), jnp.sqrt(areas / jnp.exp(logs))], axis=1)  # (attempts, 2)
+        sides = jnp.round(sides).astype(jnp.int32)
+        fits = jnp.all(sides <= jnp.array([height, width]), axis=1)  # (attempts,)
+        erased = jax.random.bernoulli(chosen_key, probability) & jnp.any(fits)
+        tall, wide = jnp.where(erased, sides[jnp.argmax(fits)], 0)
+        top = jax.random.randint(top_key, (), 0, height - tall + 1)
+        left = jax.random.randint(left_key, (), 0, width - wide + 1)
+        return jnp.stack([top, left, tall, wide])
+
+    return jax.vmap(draw)(keys)
+
+
+def _noise(keys: jax.Array, images: jax.Array) -> jax.Array:
+    noise = jax.vmap(functools.partial(jax.random.bits, shape=images.shape[1:], dtype=jnp.uint8))(keys)  # (B, H, W, C)
+    return noise.astype(images.dtype)
+
+
+def _erase(images: jax.Array, boxes: jax.Array, fill: jax.Array) -> jax.Array:
+    """`images` with `fill` (broadcastable to them) inside `boxes` (B, 4)."""
+    return jnp.where(inside(boxes, images.shape[1], images.shape[2])[..., None], fill, images)
+
+
+def normalise(*, mean: tuple[float, ...] | float = 0.5, std: tuple[float, ...] | float = 0.5) -> Augmentation:
+    """(image / 255 - mean) / std in float32; `mean` and `std` are one number or one per channel, on the 0..1 scale.
+
+    It draws nothing, so it serves evaluation too. The default gives -1..1.
+
+    Raises:
+      UsageError: a standard deviation is not positive, or the numbers do not match the channels.
+    """
+    for value in std if isinstance(std, tuple) else (std,):
+        check_range('normalise.std', value, 1e-6)
+
+    def transform(keys: jax.Array, images: jax.Array) -> jax.Array:
+        for name, value in (('mean', mean), ('std', std)):
+            if isinstance(value, tuple) and len(value) != images.shape[3]:
+                raise UsageError(
+                    f'normalise.{name} has {len(value)} numbers, but the images have {images.shape[3]} channels',
+                    'give one number, or one per channel',
+                )
+        return (images.astype(jnp.float32) / 255 - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
+
+    return on_images(transform)
+
+
+def images_of(batch: Batch) -> jax.Array:
+    """The images (B, H, W, C) of a batch.
+
+    Raises:
+      UsageError: there are none, or they have another number of axes.
+    """
+    if 'image' not in batch or batch['image'].ndim != 4:
+        found = {key: tuple(value.shape) for key, value in batch.items()}
+        raise UsageError(f"augmentation needs 'image' (B, H, W, C); the batch has {found}", 'remove it for data without images')
+    return batch['image']
+
+
+def draw_chosen(keys: jax.Array, probability: float) -> jax.Array:
+    """Which examples are chosen with `probability`, (B,) bool."""
+    return jax.vmap(lambda key: jax.random.bernoulli(key, probability))(keys)
+
+
+def draw_centres(keys: jax.Array, height: int, width: int) -> jax.Array:
+    """A uniform pixel (row, column) per example, (B, 2) int32."""
+    return jax.vmap(lambda key: jax.random.randint(key, (2,), 0, jnp.array([height, width])))(keys)
+
+
+def square(centres: jax.Array, sides: jax.Array) -> jax.Array:
+    """The boxes (B, 4) around `centres` (B, 2) with `sides` (B, 2); an even side has one pixel more before its centre."""
+    return jnp.concatenate([centres - sides // 2, sides], axis=1)
+
+
+def inside(boxes: jax.Array, height: int, width: int) -> jax.Array:
+    """Which pixels lie in the boxes (top, left, height, width) (B, 4), as (B, H, W) bool; borders clip them."""
+    tops, lefts, talls, wides = jnp.split(boxes[:, :, None], 4, axis=1)  # (B, 1, 1) each
+    rows, columns = jnp.arange(height)[:, None], jnp.arange(width)  # (H, 1), (W,)
+    return (rows >= tops) & (rows < tops + talls) & (columns >= lefts) & (columns < lefts + wides)
+
+
+def check_range(what: str, value: float, low: float, high: float = math.inf) -> None:
+    """Raises a UsageError unless low <= value <= high."""
+    if not low <= value <= high:
+        rule = f'at least {low}' if high == math.inf else f'between {low} and {high}'
+        raise UsageError(f'{what} is {value}, but must be {rule}', f'set {what} to a number {rule}')
+
+
+def check_interval(what: str, pair: tuple[float, float], low: float, high: float) -> None:
+    """Raises a UsageError unless `pair` is (least, greatest) with low <= least <= greatest <= high."""
+    if len(pair) != 2 or not low <= pair[0] <= pair[1] <= high:
+        raise UsageError(
+            f'{what} is {pair}, but must be (least, greatest) between {low} and {high}', f'set {what} to such a pair'
+        )
+
+
+def check_choice(what: str, value: str, choices: Sequence[str]) -> None:
+    """Raises a UsageError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise UsageError(f'{what} is {value!r}', f'choose one of {", ".join(choices)}')

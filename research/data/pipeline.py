@@ -1,0 +1,131 @@
+"""The batch pipeline: `feed(step) -> Batch` of device arrays, a pure function of the step.
+
+Shape letters: B global batch.
+
+    batch = feed(7)         # {'image': (B, H, W, C) uint8, 'label': (B,), 'mask': (B,) float32, 'id': (B,), 'epoch': (B,)}
+
+`HostFeed` reads blocks from a source in host memory (or on disk) and sends them to the devices; `DeviceFeed` keeps a small
+data set on every device and sends only indices. `Prefetcher` runs either ahead in a thread; it changes nothing but the wait.
+"""
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from research.data.plan import EvaluationPlan, TrainPlan
+from research.data.source import Source
+
+Batch = dict[str, Any]
+Feed = Callable[[int], Batch]
+
+
+class Plan(Protocol):
+    """What a feed follows: the global batch of a step as (indices, epochs, mask), each (B,)."""
+
+    @property
+    def batch_size(self) -> int:
+        """B, the size of the global batch."""
+        ...
+
+    def batch(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The examples of one step."""
+        ...
+
+
+def _local(plan: Plan, step: int) -> tuple[np.ndarray, Batch]:
+    """The contiguous share of a step that falls to this process: its indices, and what every batch holds beside examples."""
+    indices, epochs, mask = plan.batch(step)
+    size = plan.batch_size // jax.process_count()
+    share = slice(jax.process_index() * size, (jax.process_index() + 1) * size)
+    indices = indices[share]
+    return indices, {'mask': mask[share], 'id': indices.astype(np.int32), 'epoch': epochs[share].astype(np.int32)}
+
+
+class HostFeed:
+    """Reads each process's share of a batch from `source` and puts it on the devices under `sharding`."""
+
+    def __init__(self, source: Source, plan: Plan, sharding: jax.sharding.Sharding):
+        self.source, self.plan, self.sharding = source, plan, sharding
+
+    def __call__(self, step: int) -> Batch:
+        indices, rest = _local(self.plan, step)
+        block = {**self.source[indices], **rest}
+        return {k: jax.make_array_from_process_local_data(self.sharding, v) for k, v in block.items()}
+
+
+class DeviceFeed:
+    """Keeps all of `source` on every device; a step sends B indices, and the devices gather their own rows."""
+
+    def __init__(self, source: Source, plan: Plan, sharding: jax.sharding.NamedSharding):
+        self.plan, self.sharding = plan, sharding
+        everywhere = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+        self._arrays = jax.device_put(source[np.arange(len(source))], everywhere)
+        self._gather = jax.jit(_gather, out_shardings=sharding)
+
+    def __call__(self, step: int) -> Batch:
+        _, rest = _local(self.plan, step)
+        return self._gather(
+            self._arrays, {k: jax.make_array_from_process_local_data(self.sharding, v) for k, v in rest.items()}
+        )
+
+
+def _gather(arrays: Batch, rest: Batch) -> Batch:
+    return {**{k: v[rest['id']] for k, v in arrays.items()}, **rest}
+
+
+class Prefetcher:
+    """Runs a feed `depth` steps ahead in a background thread. Steps must be asked for in order, starting at `start`.
+
+    An error in the thread is raised in the caller, at the step it belongs to. It is a context manager: the thread ends with it.
+    """
+
+    def __init__(self, feed: Feed, start: int, depth: int):
+        self.feed, self.depth = feed, depth
+        self._next = start
+        self._queue: queue.Queue[tuple[int, Batch | BaseException]] = queue.Queue(maxsize=max(depth, 1))
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, args=(start,), name='prefetch', daemon=True)
+        if depth:
+            self._thread.start()
+
+    def __call__(self, step: int) -> Batch:
+        if not self.depth:
+            return self.feed(step)
+        if step != self._next:
+            raise ValueError(f'prefetched batches come in order: expected step {self._next}, asked for {step}')
+        _, batch = self._queue.get()
+        if isinstance(batch, BaseException):
+            raise batch
+        self._next += 1
+        return batch
+
+    def __enter__(self) -> 'Prefetcher':
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stop.set()
+        while self._thread.is_alive():
+            try:
+                self._queue.get_nowait()
+            except queue.Empty:
+                self._thread.join(0.01)
+
+    def _work(self, step: int) -> None:
+        while not self._stop.is_set():
+            try:
+                batch: Batch | BaseException = self.feed(step)
+            except BaseException as error:  # noqa: BLE001 - handed to the caller, who raises it
+                batch = error
+            self._queue.put((step, batch))
+            if isinstance(batch, BaseException):
+                return
+            step += 1
+
+
+def make_feed(source: Source, plan: TrainPlan | EvaluationPlan, sharding: jax.sharding.NamedSharding, placement: str) -> Feed:
+    """The feed for `placement` 'host' or 'device'."""
+    return {'host': HostFeed, 'device': DeviceFeed}[placement](source, plan, sharding)

@@ -1,0 +1,66 @@
+"""A plain convolutional network: convolutions with pooling, then dense layers.
+
+Shape letters: B batch, H height, W width, C channels, K outputs.
+
+    size                                        parameters
+    CNN() on 32x32x3, 10 outputs                122,570       the CNN of TensorFlow's CIFAR-10 tutorial
+    CNN(padding='SAME', hidden=(128,)) on 28x28x1, 10 outputs     459,498
+
+The default on (B, 32, 32, 3): conv 32 -> (B, 30, 30, 32), pool -> (B, 15, 15, 32), conv 64 -> (B, 13, 13, 64), pool ->
+(B, 6, 6, 64), conv 64 -> (B, 4, 4, 64), flatten -> (B, 1024), dense 64 -> (B, 64), dense -> (B, 10).
+"""
+
+import jax
+from flax import linen as nn
+
+from research.core.errors import UsageError
+from research.models import layers
+
+
+class CNN(nn.Module):
+    """Convolutions with normalisation, activation and max pooling, then dense layers with dropout.
+
+    Attributes:
+      num_outputs: K, size of the last layer.
+      features: channels of each convolution.
+      kernel: side of every convolution kernel, in pixels.
+      pool: side of the max pooling after each convolution; 1: none.
+      padding: 'VALID' or 'SAME'.
+      hidden: widths of the dense layers before the last.
+      norm: 'none', 'batch' or 'group', after each convolution.
+      activation: 'relu', 'gelu', 'silu' or 'tanh'.
+      dropout: rate of dropout before every dense layer.
+    """
+
+    num_outputs: int
+    features: tuple[int, ...] = (32, 64, 64)
+    kernel: int = 3
+    pool: tuple[int, ...] = (2, 2, 1)
+    padding: str = 'VALID'
+    hidden: tuple[int, ...] = (64,)
+    norm: str = 'none'
+    activation: str = 'relu'
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array, train: bool = False) -> jax.Array:
+        """Maps images (B, H, W, C) to outputs (B, K)."""
+        if len(self.features) != len(self.pool):
+            raise UsageError(
+                f'model.features={self.features} and model.pool={self.pool} differ in length', 'give one pool size a layer'
+            )
+        act, x = layers.activation(self.activation), inputs
+        for features, pool in zip(self.features, self.pool, strict=True):
+            if self.padding == 'VALID' and min(x.shape[1:3]) < self.kernel:
+                raise UsageError(
+                    f'an image of {x.shape[1]} x {x.shape[2]} is too small for a convolution', "set model.padding='SAME'"
+                )
+            x = nn.Conv(features, (self.kernel, self.kernel), padding=self.padding, use_bias=self.norm == 'none')(x)
+            x = act(layers.Norm(self.norm)(x, train))
+            x = layers.max_pool(x, pool) if pool > 1 else x
+        x = x.reshape(x.shape[0], -1)  # (B, H*W*C)
+        for width in self.hidden:
+            x = nn.Dropout(self.dropout, deterministic=not train)(x)
+            x = act(nn.Dense(width)(x))
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return nn.Dense(self.num_outputs)(x)

@@ -1,0 +1,46 @@
+"""The mesh of devices and where arrays lie on it.
+
+Shape letters: N devices. The mesh has one axis, 'data': a batch is cut along it, and parameters are on every device unless a
+partition rule says otherwise.
+"""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from research.core.errors import UsageError
+
+DATA_AXIS = 'data'
+
+
+def make_mesh(num_devices: int | None = None) -> Mesh:
+    """A mesh over all devices, or the first `num_devices`. Axes are Auto: linen's constraints need it.
+
+    Raises:
+      UsageError: there are fewer devices.
+    """
+    devices = jax.devices()
+    if num_devices is not None and num_devices > len(devices):
+        raise UsageError(
+            f'config.parallel.devices={num_devices}, but jax sees {len(devices)} {devices[0].platform} device(s)',
+            'lower it, or look at --mode=doctor',
+        )
+    return Mesh(np.array(devices[:num_devices]), (DATA_AXIS,), axis_types=(AxisType.Auto,))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The leading axis of a batch over all devices."""
+    return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def check_divisible(mesh: Mesh, size: int, where: str) -> None:
+    """Refuses a batch size that the devices cannot share equally."""
+    if size % mesh.size:
+        below = size // mesh.size * mesh.size
+        better = f'{below} or {below + mesh.size}' if below else str(mesh.size)
+        raise UsageError(f'{where}={size} cannot be shared by {mesh.size} devices', f'use {better}')

@@ -1,0 +1,149 @@
+"""From an experiment to the parts of its step: task, facts, optimiser, abstract state, compiled step.
+
+Nothing here makes an array: shapes first (`eval_shape`), then shardings, then compilation.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from research.core import rng
+from research.core.durations import Facts
+from research.core.schema import Experiment, Optimizer, Train
+from research.data.build import build_augmentation
+from research.data.source import DataSpec
+from research.optim import build as optim
+from research.optim import schedules
+from research.parallel import compile as compilation
+from research.parallel import mesh as meshes
+from research.parallel.rules import shardings
+from research.tasks.base import Task
+from research.train import flops, step
+from research.train import state as states
+from research.train.state import TrainState
+from research.train.step import Step
+
+
+def make_task(experiment: Experiment, spec: DataSpec) -> Task:
+    """The task with its model, for data like `spec`."""
+    dtype = jnp.dtype(experiment.train.precision)
+    return experiment.task.build(model=experiment.model.build, data=spec, dtype=dtype)
+
+
+def abstract_batch(spec: DataSpec, size: int, sharding: Any = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of `size` examples as shapes, as the pipeline delivers it."""
+    entries = {**spec.examples, 'mask': ((), jnp.float32), 'id': ((), jnp.int32), 'epoch': ((), jnp.int32)}
+    return {
+        key: jax.ShapeDtypeStruct((size, *shape), jax.dtypes.canonicalize_dtype(dtype), sharding=sharding)
+        for key, (shape, dtype) in entries.items()
+    }
+
+
+def preprocessed(experiment: Experiment, batch: Any) -> Any:
+    """The abstract `batch` after preprocessing: what task and model see."""
+    preprocess = build_augmentation(experiment.data.preprocess)
+    keys = jax.eval_shape(lambda b: rng.example_keys(rng.key(0, 'evaluate'), b['id'], b['epoch']), batch)
+    return jax.eval_shape(preprocess, keys, batch)
+
+
+def measure(experiment: Experiment, task: Task, spec: DataSpec, num_train: int) -> Facts:
+    """The facts that durations are counted in: FLOPs of a step and, from the training duration, the total steps."""
+    size = experiment.data.batch_size
+    batch = preprocessed(experiment, abstract_batch(spec, size))
+    variables = jax.eval_shape(task.init, rng.key(0, 'init'), batch)
+    rngs = {'dropout': jax.eval_shape(lambda: rng.key(0, 'dropout'))}
+    facts = Facts(size, num_train, flops.count(step.gradients_of(task), variables, batch, rngs))
+    return dataclasses.replace(facts, total_steps=experiment.train.duration.to_steps(facts))
+
+
+def learning_rate(optimizer: Optimizer, facts: Facts) -> Callable[[Any], jax.Array]:
+    """The learning rate as a function of the steps done."""
+    assert facts.total_steps is not None
+    warmup = optimizer.schedule.warmup.to_steps(facts)
+    shape = optimizer.schedule.component.build(max(facts.total_steps - warmup, 1))
+    return schedules.learning_rate(optimizer.learning_rate, shape, warmup)
+
+
+def make_optimizer(optimizer: Optimizer, rate: Callable[[Any], jax.Array], params: Any) -> optax.GradientTransformation:
+    """The update rule of an experiment for (abstract) parameters."""
+    decay = optimizer.weight_decay
+    return optim.build(
+        params,
+        optimizer.component.build,
+        rate,
+        weight_decay=optim.DEFAULT_WEIGHT_DECAY.get(optimizer.name, 0.0) if decay is None else decay,
+        decay=optimizer.decay,
+        decay_rules=optimizer.decay_rules,
+        rate_rules=optimizer.rate_rules,
+        clip=None if optimizer.clip is None else optimizer.clip.build(),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What one run trains with.
+
+    Attributes:
+      init: makes the first state, laid out over the devices; takes nothing.
+      abstract: the state as shapes with shardings.
+      step: the plain step, to be compiled by `compile`.
+      batch: the batch as shapes with shardings.
+    """
+
+    init: Callable[[], TrainState]
+    abstract: TrainState
+    step: Step
+    batch: dict[str, jax.ShapeDtypeStruct]
+
+
+def make_parts(experiment: Experiment, task: Task, spec: DataSpec, mesh: Mesh, rate: Callable[[Any], jax.Array]) -> Parts:
+    """The abstract state, its initialiser and the step of an experiment."""
+    size = experiment.data.batch_size
+    meshes.check_divisible(mesh, size // experiment.train.accumulate, 'config.data.batch_size / config.train.accumulate')
+    batch = abstract_batch(spec, size, meshes.batch_sharding(mesh))
+    seen = preprocessed(experiment, batch)
+    optimizer_of = functools.partial(make_optimizer, experiment.optimizer, rate)
+    extras = make_extras(experiment.train)
+
+    def init() -> TrainState:
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), seen)
+        return states.init(task, optimizer_of, extras, experiment.seed, zeros)
+
+    shapes = jax.eval_shape(init)
+    layout = shardings(mesh, experiment.parallel.rules, shapes)
+    abstract = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, layout)
+    the_step = make_step(experiment, task, optimizer_of(shapes.params))
+    return Parts(jax.jit(init, out_shardings=layout), abstract, the_step, batch)
+
+
+def make_extras(train: Train) -> dict[str, Callable[[Any], Any]]:
+    """The first state of each wrapper of the step, by wrapper."""
+    extras: dict[str, Callable[[Any], Any]] = {}
+    if train.ema:
+        extras['ema'] = lambda params: jax.tree.map(jnp.copy, params)
+    if train.skip_nonfinite:
+        extras['skips'] = step.no_skips
+    return extras
+
+
+def make_step(experiment: Experiment, task: Task, optimizer: optax.GradientTransformation) -> Step:
+    """The whole step, inside out: gradients, microbatches, devices; update, augmentation, average, guard."""
+    train, seed = experiment.train, experiment.seed
+    gradients = step.accumulate(step.gradients_of(task), train.accumulate)
+    gradients = step.all_reduce(gradients, compilation.axis_name(experiment.parallel.compile))
+    result = step.make_step(gradients, optimizer, seed)
+    augment, preprocess = build_augmentation(experiment.data.augment), build_augmentation(experiment.data.preprocess)
+    result = step.augmented(result, augment, preprocess, seed)
+    result = step.averaged(result, train.ema) if train.ema else result
+    return step.guarded(result) if train.skip_nonfinite else result
+
+
+def compile_parts(parts: Parts, experiment: Experiment, mesh: Mesh) -> Step:
+    """Compiles the step for its shapes and devices, by jit or pmap."""
+    return compilation.compile_step(parts.step, mesh, experiment.parallel.compile, parts.batch, parts.abstract)

@@ -1,0 +1,139 @@
+"""Checkpoints of the whole experiment, by Orbax: one folder a step, written in the background.
+
+Three items: `model` (parameters and model state: what another run can start from), `training` (step, optimiser, what the
+wrappers keep) and `meta` (the clock). There is no data position: data are a function of the step.
+
+A checkpoint is restored *into* abstract arrays with shardings, so any number of devices can read it. Every leaf's name, shape
+and dtype is compared first: nothing is cast, left out or made up.
+"""
+
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from research.core import leaves
+from research.core.errors import StorageError
+from research.train.state import TrainState
+
+
+class Checkpoints:
+    """The checkpoints in one folder; `keep` of the newest stay. A context manager: at its end the last save is on disk."""
+
+    def __init__(self, folder: pathlib.Path, keep: int = 1):
+        self.folder = folder
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True)
+        handlers = {
+            'model': ocp.StandardCheckpointHandler(),
+            'training': ocp.StandardCheckpointHandler(),
+            'meta': ocp.JsonCheckpointHandler(),
+        }
+        self._manager = ocp.CheckpointManager(folder.resolve(), options=options, item_handlers=handlers)
+
+    def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
+        """Saves the state after `step` steps; returns as soon as the arrays are copied off the device."""
+        if step in self._manager.all_steps():
+            return
+        model, training = _split(state)
+        arguments = {
+            'model': ocp.args.StandardSave(model),
+            'training': ocp.args.StandardSave(training),
+            'meta': ocp.args.JsonSave(meta),
+        }
+        self._guarded(lambda: self._manager.save(step, args=ocp.args.Composite(**arguments)))
+
+    def latest(self) -> int | None:
+        """The newest step on disk; None without any."""
+        return self._manager.latest_step()
+
+    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The state and the meta data of a step, as arrays like `abstract` (shapes, dtypes and shardings).
+
+        Raises:
+          StorageError: the checkpoint cannot be read or does not fit; nothing is started afresh over it.
+        """
+        model, training = _split(abstract)
+        self._compare(step, {'model': model, 'training': training})
+        arguments = {
+            'model': ocp.args.StandardRestore(model),
+            'training': ocp.args.StandardRestore(training),
+            'meta': ocp.args.JsonRestore(),
+        }
+        found = self._guarded(lambda: self._manager.restore(step, args=ocp.args.Composite(**arguments)))
+        return _join(found.model, found.training), found.meta
+
+    def restore_model(self, step: int, abstract: TrainState) -> TrainState:
+        """`abstract` with the parameters and model state of a step in place of its own (for fine-tuning)."""
+        model, training = _split(abstract)
+        self._compare(step, {'model': model})
+        found = self._guarded(
+            lambda: self._manager.restore(step, args=ocp.args.Composite(model=ocp.args.StandardRestore(model)))
+        )
+        return _join(found.model, training)
+
+    def wait(self) -> None:
+        """Returns when every save is on disk."""
+        self._guarded(self._manager.wait_until_finished)
+
+    def __enter__(self) -> 'Checkpoints':
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Waits for the last save and ends the background threads."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def _guarded(self, action: Any) -> Any:
+        """Runs an action of Orbax; what the disk refuses becomes a storage error that names the folder."""
+        try:
+            return action()
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).split('\n')[0][:200]
+            raise StorageError(
+                f'checkpoints in {self.folder}: {reason}', 'see free space and permissions; nothing was deleted'
+            ) from error
+
+    def _compare(self, step: int, items: dict[str, Any]) -> None:
+        """Refuses a checkpoint whose leaves differ from `items`, with a list of what differs."""
+        saved = self._guarded(lambda: self._manager.item_metadata(step))
+        problems = []
+        for item, wanted in items.items():
+            if saved[item] is None:
+                raise StorageError(
+                    f'{self.folder / str(step)} has no readable {item!r}', 'use an older step, or another --workdir'
+                )
+            problems += _mismatches(_described(saved[item].tree), _described(wanted))
+        if problems:
+            listed = '; '.join(problems[:4]) + (f'; and {len(problems) - 4} more' if len(problems) > 4 else '')
+            raise StorageError(
+                f'{self.folder / str(step)} does not fit this model: {listed}', 'use the config it was made with'
+            )
+
+
+def _split(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The items of a state. Empty parts are left out: Orbax would give them back as None."""
+    model = {'params': state.params, 'model_state': state.model_state}
+    training = {'step': state.step, 'optimizer_state': state.optimizer_state, 'extra': state.extra}
+    return model, training
+
+
+def _join(model: dict[str, Any], training: dict[str, Any]) -> TrainState:
+    return TrainState(**model, **training)
+
+
+def _described(tree: Any) -> dict[str, str]:
+    """'float32(3, 3)' for each leaf by name."""
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {leaves.name(path): f'{leaf.dtype}{tuple(leaf.shape)}' for path, leaf in flat}
+
+
+def _mismatches(saved: dict[str, str], wanted: dict[str, str]) -> list[str]:
+    """What differs, leaf by leaf, in words."""
+    return (
+        [f'{name} is missing' for name in wanted if name not in saved]
+        + [f'{name} is not expected' for name in saved if name not in wanted]
+        + [f'{n} is {saved[n]}, expected {wanted[n]}' for n in wanted if n in saved and saved[n] != wanted[n]]
+    )

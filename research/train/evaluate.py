@@ -1,0 +1,51 @@
+"""Evaluation: exact over any number of examples, batches and devices, because every metric is a mergeable state."""
+
+import collections
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from research.core import rng
+from research.data.pipeline import Feed
+from research.parallel.mesh import replicated
+from research.tasks.base import Task
+from research.tasks.metrics import summarise
+from research.train.step import Augmentation
+
+IN_FLIGHT = 2
+
+
+class Evaluator:
+    """Evaluates variables on batches; compiled once for all splits, whose batches have one shape."""
+
+    def __init__(self, task: Task, preprocess: Augmentation, mesh: Mesh):
+        self.task = task
+
+        def batch_states(variables: Any, batch: Any) -> tuple[Any, Any]:
+            keys = rng.example_keys(rng.key(0, 'evaluate'), batch['id'], batch['epoch'])  # (B,)
+            batch = preprocess(keys, batch)
+            terms, _ = task.loss(variables, batch, {}, train=False)
+            outputs = task.predict(variables, batch)
+            return terms['loss'], {name: metric.batch(outputs, batch) for name, metric in task.metrics.items()}
+
+        self._batch_states = jax.jit(batch_states, out_shardings=replicated(mesh))
+
+    def __call__(self, variables: Any, feed: Feed, num_batches: int) -> dict[str, Any]:
+        """Loss and metrics over the batches 0 ... num_batches - 1: floats, and lists for metrics by class."""
+        loss, states = np.zeros(2), None
+        waiting: collections.deque[Any] = collections.deque()
+        for step in range(num_batches):
+            waiting.append(self._batch_states(variables, feed(step)))
+            if len(waiting) > IN_FLIGHT or step == num_batches - 1:
+                while len(waiting) > (0 if step == num_batches - 1 else IN_FLIGHT - 1):
+                    loss, states = self._merge(loss, states, jax.device_get(waiting.popleft()))
+        assert states is not None
+        return {'loss': float(loss[0] / loss[1]) if loss[1] else float('nan'), **summarise(self.task.metrics, states)}
+
+    def _merge(self, loss: np.ndarray, states: Any, found: Any) -> tuple[np.ndarray, Any]:
+        """Adds one batch to what is known so far, in float64."""
+        term, new = found
+        merged = new if states is None else {n: m.merge(states[n], new[n]) for n, m in self.task.metrics.items()}
+        return loss + np.asarray(term, np.float64), merged

@@ -1,0 +1,70 @@
+"""`--mode=evaluate`: the newest (or best) checkpoint of any run on any split, with the config that the run recorded."""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+
+from research.core import config_file, files, schema
+from research.core.errors import UsageError
+from research.data.build import build_augmentation, build_splits
+from research.parallel import cache
+from research.parallel import mesh as meshes
+from research.train import build
+from research.train.checkpoint import Checkpoints
+from research.train.evaluate import Evaluator
+from research.train.loop import evaluation_feeds
+from research.train.run_directory import RunDirectory
+
+
+def report(workdir: pathlib.Path, overrides: list[str]) -> None:
+    """Prints the results as JSON and writes them to `evaluation.json` in the run directory."""
+    results = evaluate_run(workdir, overrides)
+    files.write_json(workdir / 'evaluation.json', results)
+    print(json.dumps(files.finite(results), indent=2))
+
+
+def evaluate_run(workdir: pathlib.Path, overrides: list[str]) -> dict[str, Any]:
+    """Results on the splits `config.evaluate.final` of each kept state: 'newest' and, where it was kept, 'best'.
+
+    Args:
+      workdir: the run directory.
+      overrides: 'key=value' changes of the recorded config, such as 'evaluate.final=test'.
+
+    Raises:
+      UsageError: there is no run, or no checkpoint, in `workdir`.
+    """
+    cache.enable()
+    directory = RunDirectory(workdir)
+    run = directory.read_run()
+    if run is None or not directory.checkpoints.is_dir():
+        raise UsageError(f'{workdir} holds no run', 'give the --workdir of a run that saved a checkpoint')
+    config = run['config']
+    for override in overrides:
+        path, _, text = override.partition('=')
+        config_file.override(config, path, text)
+    return _evaluate(schema.resolve(config), directory)
+
+
+def _evaluate(experiment: schema.Experiment, directory: RunDirectory) -> dict[str, Any]:
+    mesh = meshes.make_mesh(experiment.parallel.devices)
+    splits, spec = build_splits(experiment.data)
+    task = build.make_task(experiment, spec)
+    facts = build.measure(experiment, task, spec, len(splits['train']))
+    parts = build.make_parts(experiment, task, spec, mesh, build.learning_rate(experiment.optimizer, facts))
+    evaluator = Evaluator(task, build_augmentation(experiment.data.preprocess), mesh)
+    feeds = evaluation_feeds(experiment, splits, mesh)
+    results = {}
+    for name, folder in (('newest', directory.checkpoints), ('best', directory.best)):
+        if folder.is_dir():
+            with Checkpoints(folder) as checkpoints:
+                step = checkpoints.latest()
+                if step is None:
+                    continue
+                state, _ = checkpoints.restore(step, parts.abstract)
+            metrics = {s: evaluator(state.evaluation_variables, *feeds[s]) for s in experiment.evaluate.final}
+            results[name] = {'step': step, 'devices': f'{mesh.size} x {jax.devices()[0].device_kind}', 'metrics': metrics}
+    if not results:
+        raise UsageError(f'{directory.path} holds no checkpoint', 'give the --workdir of a run that saved one')
+    return results

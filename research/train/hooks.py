@@ -1,0 +1,151 @@
+"""Hooks: what happens beside the steps. Each is called after every step as `hook(step, state, terms)`, in the order listed.
+
+The order is log, evaluate, checkpoint, early stop: a checkpoint is judged by an evaluation of the same step. No hook keeps
+anything that a restart would lose: what they must know of the past they read from `metrics.jsonl`.
+"""
+
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from research.core.errors import NumericalError
+from research.core.terms import Terms
+from research.parallel.hardware import utilisation
+from research.train.checkpoint import Checkpoints
+from research.train.run import Run, shown
+from research.train.state import TrainState
+
+
+class Hook(Protocol):
+    """Something that looks at a run after each step."""
+
+    def __call__(self, step: int, state: TrainState, terms: Terms) -> None:
+        """`step` steps are done; `state` and `terms` are those of the last."""
+        ...
+
+
+class LogHook:
+    """Collects the terms of every step on the device; fetches, averages and records them at log steps only."""
+
+    def __init__(self, run: Run):
+        self.run, self._terms = run, []
+        self._seconds = run.clock.seconds.get('train', 0.0)
+
+    def __call__(self, step: int, state: TrainState, terms: Terms) -> None:
+        self._terms.append(terms)
+        if self.run.is_due(self.run.experiment.log.every, step) or step == self.run.total_steps:
+            self._record(step, jax.device_get(self._terms))
+            self._terms = []
+            self._check_skips(state)
+        self.run.reporter.advance(step)
+
+    def _record(self, step: int, fetched: list[Terms]) -> None:
+        """Writes the means over the steps since the last record, the pace and the learning rate."""
+        sums = {name: np.sum([np.asarray(t[name], np.float64) for t in fetched], axis=0) for name in fetched[0]}
+        values = {name: float(total / weight) if weight else float('nan') for name, (total, weight) in sums.items()}
+        seconds = self.run.clock.snapshot().get('train', 0.0) - self._seconds
+        self._seconds += seconds
+        pace = self._pace(len(fetched), seconds)
+        values |= {'learning_rate': float(self.run.learning_rate(step - 1)), **pace}
+        self.run.writer.write(step, 'train', self.run.clock.total(), values)
+        mfu = 'unknown' if pace['mfu'] is None else f'{100 * pace["mfu"]:.1f}%'
+        losses = shown({k: v for k, v in values.items() if k in ('loss', 'accuracy')})
+        self.run.reporter.figures(f'{losses}  {pace["examples_per_second"]:,.0f} examples/s  MFU {mfu}')
+
+    def _pace(self, steps: int, seconds: float) -> dict[str, Any]:
+        facts, mesh = self.run.facts, self.run.mesh
+        rate = steps / max(seconds, 1e-9)
+        mfu = None
+        if facts.step_flops is not None:
+            mfu = utilisation(facts.step_flops * rate, list(mesh.devices.flat), self.run.experiment.train.precision)
+        return {'examples_per_second': rate * facts.batch_size, 'mfu': mfu}
+
+    def _check_skips(self, state: TrainState) -> None:
+        limit = self.run.experiment.train.max_skips
+        if 'skips' in state.extra and (skips := int(state.extra['skips']['in_a_row'])) >= limit:
+            raise NumericalError(
+                f'the last {skips} steps up to step {int(state.step)} had a loss or gradient that is not finite',
+                'lower config.optimizer.learning_rate, clip (config.optimizer.clip=global_norm), or look at the data',
+            )
+
+
+class EvaluateHook:
+    """Evaluates the periodic splits when they are due."""
+
+    def __init__(self, run: Run):
+        self.run = run
+
+    def __call__(self, step: int, state: TrainState, terms: Terms) -> None:
+        if self.run.is_due(self.run.experiment.evaluate.every, step):
+            for split in self.run.experiment.evaluate.splits:
+                self.run.evaluate(split, step, state)
+
+
+class CheckpointHook:
+    """Saves when it is due, and the best state apart when an evaluation of this step is the best so far."""
+
+    def __init__(self, run: Run, checkpoints: Checkpoints, best: Checkpoints | None):
+        self.run, self.checkpoints, self.best = run, checkpoints, best
+
+    def __call__(self, step: int, state: TrainState, terms: Terms) -> None:
+        settings = self.run.experiment.checkpoint
+        if self.best is not None and settings.best is not None:
+            values = history(self.run, settings.best)
+            if values and values[-1][0] == step and best_step(values, settings.best_mode) == step:
+                self.save(self.best, step, state)
+        if self.run.is_due(settings.every, step):
+            self.save(self.checkpoints, step, state)
+
+    def save(self, checkpoints: Checkpoints, step: int, state: TrainState) -> None:
+        """Saves now; the disk is written in the background."""
+        self.run.reporter.phase('saving')
+        with self.run.clock.phase('save'):
+            checkpoints.save(step, state, {'seconds': self.run.clock.snapshot()})
+        self.run.directory.event('save', step=step, folder=checkpoints.folder.name)
+        self.run.reporter.phase('training')
+
+
+class EarlyStopHook:
+    """Ends the run when the watched metric has not improved for `patience` evaluations."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.check()
+
+    def __call__(self, step: int, state: TrainState, terms: Terms) -> None:
+        settings = self.run.experiment.train.early_stop
+        if settings.metric and self.run.results.get(settings.metric.split('/')[0], (None,))[0] == step:
+            self.check()
+
+    def check(self) -> None:
+        """Looks at the record; also at the start, since a run may have ended there."""
+        settings = self.run.experiment.train.early_stop
+        if not settings.metric:
+            return
+        waited = evaluations_since_best([v for _, v in history(self.run, settings.metric)], settings.mode, settings.margin)
+        if waited >= settings.patience:
+            self.run.stop = f'{settings.metric} has not improved for {waited} evaluations'
+
+
+def history(run: Run, metric: str) -> list[tuple[int, float]]:
+    """(step, value) of 'split/name' in the order of the records; a value that is not finite counts as NaN."""
+    split, _, name = metric.partition('/')
+    records = [r for r in run.directory.read_metrics() if r['split'] == split and name in r]
+    return [(r['step'], float('nan') if r[name] is None else r[name]) for r in records]
+
+
+def best_step(values: list[tuple[int, float]], mode: str) -> int | None:
+    """The step of the first best value; NaN is never best."""
+    finite = [(v if mode == 'min' else -v, step) for step, v in values if v == v]
+    return min(finite)[1] if finite else None
+
+
+def evaluations_since_best(values: list[float], mode: str, margin: float) -> int:
+    """How many evaluations came after the last that improved on all before it by more than `margin`."""
+    best, since = float('inf'), 0
+    for value in values:
+        cost = value if mode == 'min' else -value
+        improved = cost < best - margin
+        best, since = (cost, 0) if improved else (best, since + 1)
+    return since

@@ -1,0 +1,203 @@
+"""One run, from the experiment to the summary. Read this file from top to bottom and you have understood the program.
+
+mesh -> data -> task(model) -> facts -> optimiser -> abstract state -> compile -> first state -> steps with hooks -> final
+evaluation -> summary. Features are components, wrappers of the step (`step.py`) or hooks (`hooks.py`); none lives here.
+"""
+
+import collections
+import contextlib
+import math
+import pathlib
+import sys
+from typing import Any
+
+import jax
+
+from research.core import files
+from research.core.clock import Clock
+from research.core.errors import StoppedError, UsageError
+from research.core.schema import Experiment
+from research.core.terms import Terms
+from research.data.build import build_augmentation, build_splits
+from research.data.pipeline import Prefetcher, make_feed
+from research.data.plan import EvaluationPlan, TrainPlan
+from research.data.source import Source, fingerprint
+from research.parallel import cache
+from research.parallel import mesh as meshes
+from research.tasks.base import Task
+from research.train import build, flops, start
+from research.train.checkpoint import Checkpoints
+from research.train.evaluate import Evaluator
+from research.train.hooks import CheckpointHook, EarlyStopHook, EvaluateHook, Hook, LogHook
+from research.train.progress import Reporter
+from research.train.provenance import provenance
+from research.train.run import Run, shown
+from research.train.run_directory import RunDirectory, finished
+from research.train.signals import StopRequest
+from research.train.state import TrainState
+from research.train.step import Step
+from research.train.writer import Writer
+
+STEPS_IN_FLIGHT = 2  # more can dead-lock simulated devices, and hide which step is slow
+
+
+def train(
+    experiment: Experiment,
+    workdir: str | pathlib.Path,
+    overrides: list[str] | None = None,
+    allow_change: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Trains, evaluates and saves one experiment in `workdir`, resuming what is there. Returns the summary.
+
+    Raises:
+      FulcrumError: with the exit code of the process; `StoppedError` after Ctrl-C or SIGTERM, when the state is saved.
+    """
+    directory = RunDirectory(workdir)
+    if (summary := finished(experiment, directory, allow_change)) is not None:
+        return summary
+    directory.create()
+    with StopRequest() as stop, Reporter(experiment.log.plain_every, quiet) as reporter, contextlib.ExitStack() as stack:
+        clock = Clock()
+        with clock.phase('start'):
+            checkpoints = stack.enter_context(Checkpoints(directory.checkpoints, experiment.checkpoint.keep))
+            best = stack.enter_context(Checkpoints(directory.best)) if experiment.checkpoint.best else None
+            directory.keep_metrics_until(checkpoints.latest() or 0)
+            writer = stack.enter_context(Writer(directory, experiment.log.tensorboard))
+            run, parts = _prepare(experiment, directory, reporter, writer, clock, overrides or [], allow_change)
+        return _train(run, parts, checkpoints, best, stop)
+
+
+def _prepare(
+    experiment: Experiment,
+    directory: RunDirectory,
+    reporter: Reporter,
+    writer: Writer,
+    clock: Clock,
+    overrides: list[str],
+    allow_change: bool,
+) -> tuple[Run, build.Parts]:
+    """Everything before the first array: data, task, facts, abstract state, run.json."""
+    if (warning := cache.enable()) is not None:
+        reporter.say(warning)
+    mesh = meshes.make_mesh(experiment.parallel.devices)
+    splits, spec = build_splits(experiment.data)
+    data_fingerprint = fingerprint(splits['train'])
+    start.check_fingerprint(directory, data_fingerprint, allow_change)
+    task = build.make_task(experiment, spec)
+    facts = build.measure(experiment, task, spec, len(splits['train']))
+    rate = build.learning_rate(experiment.optimizer, facts)
+    parts = build.make_parts(experiment, task, spec, mesh, rate)
+    files.write_json(directory.run, start.record(experiment, overrides, data_fingerprint, provenance()))
+    evaluator = Evaluator(task, build_augmentation(experiment.data.preprocess), mesh)
+    feeds = evaluation_feeds(experiment, splits, mesh)
+    run = Run(experiment, directory, mesh, clock, reporter, writer, facts, splits, evaluator, feeds, rate)
+    _introduce(run, task, parts)
+    return run, parts
+
+
+def evaluation_feeds(experiment: Experiment, splits: dict[str, Source], mesh: Any) -> dict[str, tuple[Any, int]]:
+    """For each split that is evaluated: its feed and the number of its batches."""
+    wanted = dict.fromkeys((*experiment.evaluate.splits, *experiment.evaluate.final))
+    size = -(-experiment.data.evaluation_batch_size // mesh.size) * mesh.size
+    feeds = {}
+    for name in wanted:
+        if name not in splits:
+            raise UsageError(f'there is no split {name!r} to evaluate', f'this data set has {", ".join(sorted(splits))}')
+        plan = EvaluationPlan(len(splits[name]), size)
+        feeds[name] = make_feed(splits[name], plan, meshes.batch_sharding(mesh), experiment.data.placement), len(plan)
+    return feeds
+
+
+def _introduce(run: Run, task: Task, parts: build.Parts) -> None:
+    """Says what is about to be done, before anything is paid for."""
+    experiment, facts = run.experiment, run.facts
+    if experiment.log.model_table:
+        run.reporter.say(flops.table(task.module, build.preprocessed(experiment, parts.batch)[task.inputs]))
+    num_parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parts.abstract.params))
+    step_flops = 'unknown' if facts.step_flops is None else f'{facts.step_flops:.3g}'
+    sizes = ', '.join(f'{name} {len(source):,}' for name, source in run.splits.items())
+    run.reporter.say(
+        f'{experiment.name}: {num_parameters:,} parameters; examples: {sizes}; {run.total_steps:,} steps of '
+        f'{facts.batch_size} examples, {step_flops} FLOPs each; {run.mesh.size} x {jax.devices()[0].device_kind}; '
+        f'run directory {run.directory.path}'
+    )
+
+
+def _train(
+    run: Run, parts: build.Parts, checkpoints: Checkpoints, best: Checkpoints | None, stop: StopRequest
+) -> dict[str, Any]:
+    """From the compiled step to the summary."""
+    with run.clock.phase('restore'):
+        state, seconds, origin = start.first_state(parts, run.experiment, checkpoints)
+    run.clock.add(seconds)
+    run.directory.event('start', origin=origin, step=int(state.step), argv=sys.argv)
+    run.reporter.say(origin)
+    run.reporter.phase('compiling')
+    with run.clock.phase('compile'):
+        step = build.compile_parts(parts, run.experiment, run.mesh)
+    run.directory.event('compile', seconds=run.clock.seconds['compile'])
+    saver = CheckpointHook(run, checkpoints, best)
+    state = _steps(run, step, state, [LogHook(run), EvaluateHook(run), saver, EarlyStopHook(run)], stop)
+    saver.save(checkpoints, int(state.step), state)
+    if stop.name is not None and int(state.step) < run.total_steps and run.stop is None:
+        checkpoints.wait()
+        run.directory.event('signal', name=stop.name, step=int(state.step))
+        raise StoppedError(f'stopped by {stop.name} at step {int(state.step)}', 'the same command goes on from there')
+    return _finish(run, state, parts, best)
+
+
+def _steps(run: Run, step: Step, state: TrainState, hooks: list[Hook], stop: StopRequest) -> TrainState:
+    """The steps that are left, each followed by the hooks."""
+    experiment = run.experiment
+    source, first = run.splits['train'], int(state.step)
+    plan = TrainPlan(len(source), experiment.data.batch_size, experiment.seed)
+    feed = make_feed(source, plan, meshes.batch_sharding(run.mesh), experiment.data.placement)
+    in_flight: collections.deque[Terms] = collections.deque()
+    run.reporter.begin(first, run.total_steps)
+    run.reporter.phase('training')
+    with run.clock.phase('train'), Prefetcher(feed, first, experiment.data.prefetch) as batches:
+        for k in range(first, run.total_steps):
+            if run.stop is not None or stop.name is not None:
+                break
+            state, terms = step(state, batches(k))
+            in_flight.append(terms)
+            if len(in_flight) > STEPS_IN_FLIGHT:
+                jax.block_until_ready(in_flight.popleft())
+            for hook in hooks:
+                hook(k + 1, state, terms)
+    return state
+
+
+def _finish(run: Run, state: TrainState, parts: build.Parts, best: Checkpoints | None) -> dict[str, Any]:
+    """The final evaluation and the summary."""
+    step = int(state.step)
+    metrics = {split: run.evaluate(split, step, state) for split in run.experiment.evaluate.final}
+    summary = {
+        'status': 'completed',
+        'name': run.experiment.name,
+        'step': step,
+        'stopped_early': run.stop,
+        'metrics': metrics,
+        'best': _evaluate_best(run, parts, best),
+        'skipped_steps': int(state.extra['skips']['total']) if 'skips' in state.extra else None,
+        'budget': run.spent(step),
+    }
+    run.directory.event('exit', status='completed', step=step)
+    files.write_json(run.directory.summary, summary)
+    for split, values in metrics.items():
+        run.reporter.say(f'{split}: {shown(values)}')
+    return summary
+
+
+def _evaluate_best(run: Run, parts: build.Parts, best: Checkpoints | None) -> dict[str, Any] | None:
+    """The final splits under the best state that was kept."""
+    step = None if best is None else best.latest()
+    if best is None or step is None:
+        return None
+    state, _ = best.restore(step, parts.abstract)
+    results = {}
+    for split in run.experiment.evaluate.final:
+        feed, num_batches = run.evaluation_feeds[split]
+        results[split] = run.evaluator(state.evaluation_variables, feed, num_batches)
+    return {'step': step, 'metric': run.experiment.checkpoint.best, 'metrics': results}

@@ -1,0 +1,90 @@
+"""One run as an object: what the loop and its hooks share."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from research.core.clock import Clock
+from research.core.durations import Duration, Facts
+from research.core.schema import Experiment
+from research.data.pipeline import Feed
+from research.data.source import Source
+from research.train.evaluate import Evaluator
+from research.train.progress import Reporter
+from research.train.run_directory import RunDirectory
+from research.train.state import TrainState
+from research.train.writer import Writer
+
+
+@dataclasses.dataclass
+class Run:
+    """What a run is made of, and how far it has come.
+
+    Attributes:
+      facts: batch size, examples of an epoch, FLOPs of a step, total steps.
+      evaluate: variables and split name -> results.
+      results: the newest results of each split and their step.
+      stop: why the run ends before its last step; None as long as it goes on.
+    """
+
+    experiment: Experiment
+    directory: RunDirectory
+    mesh: Mesh
+    clock: Clock
+    reporter: Reporter
+    writer: Writer
+    facts: Facts
+    splits: dict[str, Source]
+    evaluator: Evaluator
+    evaluation_feeds: dict[str, tuple[Feed, int]]
+    learning_rate: Callable[[Any], Any]
+    results: dict[str, tuple[int, dict[str, Any]]] = dataclasses.field(default_factory=dict)
+    stop: str | None = None
+
+    @property
+    def total_steps(self) -> int:
+        """The length of the run."""
+        assert self.facts.total_steps is not None
+        return self.facts.total_steps
+
+    def is_due(self, every: Duration, step: int) -> bool:
+        """Whether something with the period `every` falls on `step`; a period of zero never does."""
+        period = every.to_steps(self.facts)
+        return period > 0 and step % period == 0
+
+    def evaluate(self, split: str, step: int, state: TrainState) -> dict[str, Any]:
+        """The results of a split after `step` steps; computed and recorded once a step."""
+        if self.results.get(split, (None,))[0] != step:
+            self.reporter.phase('evaluating')
+            with self.clock.phase('evaluate'):
+                feed, num_batches = self.evaluation_feeds[split]
+                self.results[split] = step, self.evaluator(state.evaluation_variables, feed, num_batches)
+            self.writer.write(step, split, self.clock.total(), self.results[split][1])
+            self.reporter.say(f'step {step}  {split}: {shown(self.results[split][1])}')
+            self.reporter.phase('training')
+        return self.results[split][1]
+
+    def spent(self, step: int) -> dict[str, Any]:
+        """The budget used by `step` steps: examples, unique examples, FLOPs, device-seconds, money."""
+        examples = step * self.facts.batch_size
+        device_seconds = self.clock.total() * self.mesh.size
+        price = self.experiment.price_per_device_hour
+        return {
+            'examples': examples,
+            'unique_examples': min(examples, len(self.splits['train'])),
+            'epochs': examples / len(self.splits['train']),
+            'tokens': None,
+            'flops': None if self.facts.step_flops is None else step * self.facts.step_flops,
+            'device_seconds': device_seconds,
+            'devices': f'{self.mesh.size} x {jax.devices()[0].device_kind}',
+            'seconds': self.clock.snapshot(),
+            'money_usd': None if price is None else device_seconds / 3600 * price,
+        }
+
+
+def shown(values: dict[str, Any]) -> str:
+    """The single numbers among `values` as a person reads them: 'loss 0.1234  accuracy 0.9812'."""
+    return '  '.join(f'{name} {value:.4g}' for name, value in values.items() if isinstance(value, float))

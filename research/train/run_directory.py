@@ -1,0 +1,89 @@
+"""The run directory: what a run writes, by name. Reading it needs neither jax nor the code that wrote it.
+
+run.json         what was asked for and with what: config, command, versions, devices, data fingerprint; before step 0
+metrics.jsonl    one line a record {"step", "split", "time", NAME: value}: the source of truth
+events.jsonl     one line an event: start, compile, save, restore, signal, exit
+checkpoints/     one folder a step; best/: the best step; tensorboard/: event files
+summary.json     at the end: status, metrics, and what the run spent
+"""
+
+import pathlib
+import time
+from typing import Any
+
+from research.core import files, schema
+from research.core.errors import StorageError, UsageError
+from research.core.schema import Experiment
+
+
+class RunDirectory:
+    """Names and record files of one run; the folder is made by `create`."""
+
+    def __init__(self, path: files.Path):
+        self.path = pathlib.Path(path)
+        self.run = self.path / 'run.json'
+        self.metrics = self.path / 'metrics.jsonl'
+        self.events = self.path / 'events.jsonl'
+        self.summary = self.path / 'summary.json'
+        self.checkpoints = self.path / 'checkpoints'
+        self.best = self.path / 'best'
+        self.tensorboard = self.path / 'tensorboard'
+
+    def create(self) -> None:
+        """Makes the folder.
+
+        Raises:
+          StorageError: it cannot be made or written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / '.writable'
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise StorageError(
+                f'the run directory {self.path} cannot be written: {error.strerror}', 'give another --workdir'
+            ) from error
+
+    def read_run(self) -> dict[str, Any] | None:
+        """What `run.json` says; None before the first start."""
+        return files.read_json(self.run) if self.run.exists() else None
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """What `summary.json` says; None before the end."""
+        return files.read_json(self.summary) if self.summary.exists() else None
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All records of `metrics.jsonl`."""
+        return list(files.read_json_lines(self.metrics)) if self.metrics.exists() else []
+
+    def event(self, kind: str, **details: Any) -> None:
+        """Appends one event with the time in seconds since 1970."""
+        with open(self.events, 'a', encoding='utf-8') as file:
+            file.write(files.json_line({'event': kind, 'time': time.time(), **details}))
+
+    def keep_metrics_until(self, step: int) -> None:
+        """Drops the records after `step`: the steps that follow are run, and recorded, again."""
+        if self.metrics.exists():
+            kept = [record for record in self.read_metrics() if record['step'] <= step]
+            files.write_atomically(self.metrics, ''.join(files.json_line(record) for record in kept))
+
+
+def finished(experiment: Experiment, directory: RunDirectory, allow_change: bool) -> dict[str, Any] | None:
+    """The summary if this very run is complete. Needs no jax, so that the answer comes at once.
+
+    Raises:
+      UsageError: the run directory belongs to another experiment.
+    """
+    run = directory.read_run()
+    if run is None:
+        return None
+    changes = [c for c in schema.differences(schema.resolve(run['config']), experiment) if not c.resumable]
+    if changes and not allow_change:
+        listed = ', '.join(str(change) for change in changes[:3]) + (', ...' if len(changes) > 3 else '')
+        raise UsageError(
+            f'{directory.path} holds a run with another config: {listed}',
+            'give another --workdir, or go on with the new config by --allow_config_change',
+        )
+    summary = directory.read_summary()
+    return summary if summary is not None and summary['status'] == 'completed' and not changes else None

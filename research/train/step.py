@@ -1,0 +1,156 @@
+"""The train step, and the wrappers that features are made of.
+
+    gradients(variables, batch, rngs) -> (gradient of the loss *sum*, Terms, model_state)
+    step(state, batch)                -> (state, Terms)
+
+Features wrap one of the two: `accumulate` and `all_reduce` the gradients; `augmented`, `averaged` (EMA) and `guarded`
+(non-finite numbers) the step. Sums are divided by their weights once, in `make_step`, so that microbatches, padding and
+devices cannot change the result. Shape letters: B batch, n microbatches.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from research.core import rng, terms
+from research.core.terms import Terms
+from research.train.state import TrainState
+
+Batch = dict[str, jax.Array]
+Gradients = Callable[[Any, Batch, dict[str, jax.Array]], tuple[Any, Terms, Any]]
+Step = Callable[[TrainState, Batch], tuple[TrainState, Terms]]
+Augmentation = Callable[[jax.Array, Batch], Batch]
+
+
+def gradients_of(task: Any) -> Gradients:
+    """The gradient of the task's loss sum with respect to the parameters."""
+
+    def loss_sum(params: Any, model_state: Any, batch: Batch, rngs: Any) -> tuple[jax.Array, Any]:
+        found, new_model_state = task.loss({'params': params, **model_state}, batch, rngs, train=True)
+        return found['loss'][0], (found, new_model_state)
+
+    def gradients(variables: Any, batch: Batch, rngs: dict[str, jax.Array]) -> tuple[Any, Terms, Any]:
+        model_state = {k: v for k, v in variables.items() if k != 'params'}
+        grads, (found, new_model_state) = jax.grad(loss_sum, has_aux=True)(variables['params'], model_state, batch, rngs)
+        return grads, found, new_model_state
+
+    return gradients
+
+
+def accumulate(gradients: Gradients, count: int) -> Gradients:
+    """The same gradients from `count` microbatches of B / count examples, one after the other: less memory, equal sums.
+
+    Microbatch i holds the rows i, i + count, i + 2 * count, ...: every device keeps its own rows. The model state (running
+    statistics) passes through the microbatches in order.
+    """
+    if count == 1:
+        return gradients
+
+    def accumulated(variables: Any, batch: Batch, rngs: dict[str, jax.Array]) -> tuple[Any, Terms, Any]:
+        split = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)  # (n, B/n, ...)
+
+        def body(carry: Any, one: Any) -> tuple[Any, None]:
+            grads, found, model_state = carry
+            index, microbatch = one
+            keys = {name: jax.random.fold_in(key, index) for name, key in rngs.items()}
+            more, also, model_state = gradients({'params': variables['params'], **model_state}, microbatch, keys)
+            return (jax.tree.map(jnp.add, grads, more), terms.add(found, also), model_state), None
+
+        model_state = {k: v for k, v in variables.items() if k != 'params'}
+        first = jax.tree.map(lambda x: x[0], split)
+        shapes = jax.eval_shape(gradients, variables, first, rngs)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[:2])
+        carry, _ = jax.lax.scan(body, (*zeros, model_state), (jnp.arange(count), split))
+        return carry
+
+    return accumulated
+
+
+def all_reduce(gradients: Gradients, axis_name: str | None) -> Gradients:
+    """Under pmap: sums gradients and terms over the devices and averages the model state; without an axis, nothing."""
+    if axis_name is None:
+        return gradients
+
+    def reduced(variables: Any, batch: Batch, rngs: dict[str, jax.Array]) -> tuple[Any, Terms, Any]:
+        # Devices must not drop the same units; under jit one mask covers the global batch.
+        keys = {name: jax.random.fold_in(key, jax.lax.axis_index(axis_name)) for name, key in rngs.items()}
+        grads, found, model_state = gradients(variables, batch, keys)
+        return *jax.lax.psum((grads, found), axis_name), jax.lax.pmean(model_state, axis_name)
+
+    return reduced
+
+
+def make_step(gradients: Gradients, optimizer: optax.GradientTransformation, seed: int) -> Step:
+    """The plain step: gradients of the batch, mean over its weight, one update. Terms gain 'gradient_norm'."""
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Terms]:
+        rngs = {'dropout': rng.key(seed, 'dropout', state.step)}
+        grads, found, model_state = gradients(state.variables, batch, rngs)
+        weight = jnp.maximum(found['loss'][1], jnp.finfo(jnp.float32).tiny)  # an all-masked batch gives zero, not 0 / 0
+        grads = jax.tree.map(lambda g: g / weight, grads)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        found = {**found, 'gradient_norm': (optax.global_norm(grads), jnp.ones(()))}
+        new = dataclasses.replace(
+            state, step=state.step + 1, params=params, model_state=model_state, optimizer_state=optimizer_state
+        )
+        return new, found
+
+    return step
+
+
+def augmented(step: Step, augmentation: Augmentation, preprocess: Augmentation, seed: int) -> Step:
+    """The step on augmented and preprocessed batches. An example's keys follow its id and epoch, not its place."""
+
+    def augmented_step(state: TrainState, batch: Batch) -> tuple[TrainState, Terms]:
+        keys = rng.example_keys(rng.key(seed, 'augment'), batch['id'], batch['epoch'])  # (B,)
+        return step(state, preprocess(keys, augmentation(keys, batch)))
+
+    return augmented_step
+
+
+def averaged(step: Step, decay: float) -> Step:
+    """Keeps an exponential moving average of the parameters in `extra['ema']`.
+
+    The decay grows as (1 + k) / (10 + k) at step k up to `decay`, so that the first parameters are forgotten
+    (TensorFlow's ExponentialMovingAverage with num_updates).
+    """
+
+    def averaged_step(state: TrainState, batch: Batch) -> tuple[TrainState, Terms]:
+        new, found = step(state, batch)
+        k = new.step.astype(jnp.float32)
+        rate = jnp.minimum(decay, (1 + k) / (10 + k))
+        ema = jax.tree.map(lambda old, now: old * rate + now * (1 - rate), state.extra['ema'], new.params)
+        return dataclasses.replace(new, extra={**new.extra, 'ema': ema}), found
+
+    return averaged_step
+
+
+def guarded(step: Step) -> Step:
+    """Skips an update whose loss or gradient is not finite: every leaf but the step count stays bit for bit as it was.
+
+    `extra['skips']` counts them in all and in a row. The terms of a skipped step weigh nothing, but 'skipped' tells of it: its
+    mean is the share of skipped steps.
+    """
+
+    def guarded_step(state: TrainState, batch: Batch) -> tuple[TrainState, Terms]:
+        new, found = step(state, batch)
+        good = jnp.isfinite(found['loss'][0]) & jnp.isfinite(found['gradient_norm'][0])
+        skips = state.extra['skips']
+        counts = {'total': skips['total'] + ~good, 'in_a_row': jnp.where(good, 0, skips['in_a_row'] + 1)}
+        kept = jax.tree.map(lambda now, old: jnp.where(good, now, old), new, state)
+        kept = dataclasses.replace(kept, step=new.step, extra={**kept.extra, 'skips': counts})
+        found = jax.tree.map(lambda x: jnp.where(good, x, 0.0), found)
+        return kept, {**found, 'skipped': ((~good).astype(jnp.float32), jnp.ones(()))}
+
+    return guarded_step
+
+
+def no_skips(params: Any) -> dict[str, jax.Array]:
+    """The first state of `guarded`."""
+    del params
+    return {'total': jnp.zeros((), jnp.int32), 'in_a_row': jnp.zeros((), jnp.int32)}
