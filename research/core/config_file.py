@@ -50,7 +50,8 @@ def override(config: dict[str, Any], path: str, text: str) -> None:
     *parents, last = where.split('.')
     section = config
     for word in parents:
-        section = section[word] = _as_dict(section[word])
+        section[word] = _as_dict(section[word])
+        section = section[word]
     if field is None:
         section[last] = _as_dict(section[last])
         _set_argument(section[last], _kind(where), rest, text, f'config.{path}')

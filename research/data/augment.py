@@ -147,18 +147,18 @@ def _erasing_boxes(
     """Top, left, height and width of what is erased, (B, 4) int32; height and width are 0 where nothing is."""
 
     def draw(key: jax.Array) -> jax.Array:
-        chosen_key, area_key, aspect_key, top_key, left_key = jax.random.split(key, 5)
-        areas = height * width * jax.random.uniform(area_key, (ERASING_ATTEMPTS,), minval=area[0], maxval=area[1])
-        logs = jax.random.uniform(aspect_key, (ERASING_ATTEMPTS,), minval=math.log(aspect[0]), maxval=math.log(aspect[1]))
-        sides = jnp.stack([jnp.sqrt(areas * jnp.exp(logs)), jnp.sqrt(areas / jnp.exp(logs))], axis=1)  # (attempts, 2)
+        numbers = jax.random.uniform(key, (2 * ERASING_ATTEMPTS + 3,))  # one call: each costs a second of compilation
+        chosen, place, (areas, aspects) = numbers[0], numbers[1:3], numbers[3:].reshape(2, -1)  # (), (2,), (attempts,) x 2
+        areas = height * width * (area[0] + (area[1] - area[0]) * areas)
+        aspects = jnp.exp(math.log(aspect[0]) + math.log(aspect[1] / aspect[0]) * aspects)
+        sides = jnp.stack([jnp.sqrt(areas * aspects), jnp.sqrt(areas / aspects)], axis=1)  # (attempts, 2)
         sides = jnp.round(sides).astype(jnp.int32)
-        fits = jnp.all(sides <= jnp.array([height, width]), axis=1)  # (attempts,)
-        erased = jax.random.bernoulli(chosen_key, probability) & jnp.any(fits)
-        tall, wide = jnp.where(erased, sides[jnp.argmax(fits)], 0)
-        top = jax.random.randint(top_key, (), 0, height - tall + 1)
-        left = jax.random.randint(left_key, (), 0, width - wide + 1)
-        return jnp.stack([top, left, tall, wide])
+        fits = jnp.all(sides <= image_sides, axis=1)  # (attempts,)
+        side = jnp.where((chosen < probability) & jnp.any(fits), sides[jnp.argmax(fits)], 0)  # (2,)
+        corner = jnp.floor(place * (image_sides - side + 1)).astype(jnp.int32)
+        return jnp.concatenate([corner, side])  # (4,)
 
+    image_sides = jnp.array([height, width])
     return jax.vmap(draw)(keys)
 
 

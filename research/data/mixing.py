@@ -82,8 +82,16 @@ def _mixing(name: str, alpha: float, probability: float, pixel_shares: Shares) -
 
 
 def _draw_shares(keys: jax.Array, alpha: float) -> jax.Array:
-    """lambda ~ Beta(alpha, alpha), (B,) float32."""
-    return jax.vmap(lambda key: jax.random.beta(key, alpha, alpha))(keys)
+    """lambda ~ Beta(alpha, alpha), (B,) float32.
+
+    Exact and without the rejection loop of `jax.random.beta`, whose end all devices would have to agree on: with U, V
+    uniform, T = sqrt(n (U**(-2 / n) - 1)) cos(2 pi V) is Student's t with n degrees of freedom (Bailey 1994, Mathematics of
+    Computation 62), and 1/2 + T / (2 sqrt(n + T**2)) is Beta(n / 2, n / 2). Here ratio = T**2 / n and n = 2 alpha.
+    """
+    uniforms = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)  # (B, 2)
+    cosine = jnp.cos(2 * jnp.pi * uniforms[:, 1])
+    ratio = jnp.expm1(-jnp.log(uniforms[:, 0]) / alpha) * cosine**2  # may be infinite: the share is then 0 or 1
+    return 0.5 + 0.5 * jnp.sign(cosine) / jnp.sqrt(1 + 1 / ratio)
 
 
 def _mix(batch: Batch, chosen: jax.Array, pixel_shares: jax.Array) -> Batch:

@@ -7,9 +7,10 @@ permutation(seed, epoch)[p % n]. Step s holds the positions s*B ... s*B + B - 1,
 every example once, and any host can compute its slice of any step. With n = 10 and B = 4, step 2 holds the last two examples
 of epoch 0 and the first two of epoch 1.
 
-The permutation is a four-round Feistel network over the smallest even number of bits that holds n, walked until it falls
-below n (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002): it needs no memory, is the same on every machine
-and for every library version.
+Up to 2**22 examples the permutation sorts a 64-bit hash of the indices, and one epoch's order is kept (32 MB at most). Beyond
+that it is a Feistel network over the smallest even number of bits that holds n, walked until it falls below n (Black and
+Rogaway, "Ciphers with arbitrary finite domains", 2002): no memory, any part without the rest. (On few examples such a network
+is visibly not uniform.) Both are the same on every machine and for every library version.
 """
 
 import dataclasses
@@ -19,25 +20,36 @@ import numpy as np
 
 from research.core import files
 
-ROUNDS = 4
-TABLE_LIMIT = 2**22  # up to this many examples an epoch's order is computed once and kept (32 MB)
+ROUNDS = 6
+TABLE_LIMIT = 2**22
 
 
 def permute(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     """The images of `positions` (int64, each in [0, n)) under the permutation of [0, n) with the address (seed, epoch)."""
+    return _sorted(n, seed, epoch)[positions] if n <= TABLE_LIMIT else feistel(positions, n, seed, epoch)
+
+
+@functools.lru_cache(maxsize=4)
+def _sorted(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The whole permutation, (n,), by the order of hashes."""
+    return np.argsort(mix(np.arange(n, dtype=np.uint64) + _keys(seed, epoch)[0]), kind='stable')
+
+
+def feistel(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
+    """The images of `positions` under a permutation of [0, n) that is computed place by place."""
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
-    keys = _round_keys(seed, epoch)
-    result = _feistel(positions.astype(np.uint64), half, keys)
+    keys = _keys(seed, epoch)
+    result = _network(positions.astype(np.uint64), half, keys)
     while (outside := result >= n).any():
-        result[outside] = _feistel(result[outside], half, keys)
+        result[outside] = _network(result[outside], half, keys)
     return result.astype(np.int64)
 
 
-def _round_keys(seed: int, epoch: int) -> list[np.uint64]:
+def _keys(seed: int, epoch: int) -> list[np.uint64]:
     return [np.uint64(int(files.digest([f'order {seed} {epoch} {i}'], 8), 16)) for i in range(ROUNDS)]
 
 
-def _feistel(x: np.ndarray, half: np.uint64, keys: list[np.uint64]) -> np.ndarray:
+def _network(x: np.ndarray, half: np.uint64, keys: list[np.uint64]) -> np.ndarray:
     """One pass of the network over 2 * half bits; a bijection for any round function."""
     low = (np.uint64(1) << half) - np.uint64(1)
     left, right = x >> half, x & low
@@ -52,12 +64,6 @@ def mix(x: np.ndarray) -> np.ndarray:
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
-
-
-@functools.lru_cache(maxsize=4)
-def _order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """The whole order of one epoch, (n,)."""
-    return permute(np.arange(n), n, seed, epoch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,13 +81,8 @@ class TrainPlan:
         indices = np.empty_like(positions)
         for epoch in np.unique(epochs):
             inside = epochs == epoch
-            indices[inside] = self._permuted(offsets[inside], int(epoch))
+            indices[inside] = permute(offsets[inside], self.num_examples, self.seed, int(epoch))
         return indices, epochs, np.ones(self.batch_size, np.float32)
-
-    def _permuted(self, offsets: np.ndarray, epoch: int) -> np.ndarray:
-        if self.num_examples <= TABLE_LIMIT:
-            return _order(self.num_examples, self.seed, epoch)[offsets]
-        return permute(offsets, self.num_examples, self.seed, epoch)
 
 
 @dataclasses.dataclass(frozen=True)

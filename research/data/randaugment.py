@@ -57,13 +57,8 @@ def randaugment(*, num_layers: int = 2, magnitude: int = 10) -> Augmentation:
 
 def _draw(keys: jax.Array, num_layers: int) -> tuple[jax.Array, jax.Array]:
     """The operations (indices into `OPERATIONS`) and the signs (0 is negative, 1 positive), each (B, L) int32."""
-
-    def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        operation_key, sign_key = jax.random.split(key)
-        operations = jax.random.randint(operation_key, (num_layers,), 0, len(OPERATIONS))
-        return operations, jax.random.randint(sign_key, (num_layers,), 0, 2)
-
-    return jax.vmap(draw)(keys)
+    drawn = jax.vmap(lambda key: jax.random.randint(key, (num_layers,), 0, 2 * len(OPERATIONS)))(keys)  # (B, L)
+    return drawn // 2, drawn % 2
 
 
 def _apply(images: jax.Array, operations: jax.Array, signs: jax.Array, magnitude: int) -> jax.Array:

@@ -56,11 +56,10 @@ class CNN(nn.Module):
                     f'an image of {x.shape[1]} x {x.shape[2]} is too small for a convolution', "set model.padding='SAME'"
                 )
             x = nn.Conv(features, (self.kernel, self.kernel), padding=self.padding, use_bias=self.norm == 'none')(x)
-            x = act(layers.Norm(self.norm)(x, train))
+            x = act(layers.norm(self.norm, x, train))
             x = layers.max_pool(x, pool) if pool > 1 else x
         x = x.reshape(x.shape[0], -1)  # (B, H*W*C)
         for width in self.hidden:
-            x = nn.Dropout(self.dropout, deterministic=not train)(x)
-            x = act(nn.Dense(width)(x))
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+            x = act(nn.Dense(width)(layers.dropout(self.dropout, x, train)))
+        x = layers.dropout(self.dropout, x, train)
         return nn.Dense(self.num_outputs)(x)

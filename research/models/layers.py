@@ -34,20 +34,23 @@ def max_pool(x: jax.Array, window: int) -> jax.Array:
     return jnp.max(x.reshape(batch, h, window, w, window, channels), axis=(2, 4))  # (B, h, w, C)
 
 
-class Norm(nn.Module):
-    """Normalisation by name: 'none', 'batch' (Ioffe and Szegedy, 2015) or 'group' (Wu and He, 2018; 32 groups at most)."""
+def norm(kind: str, x: jax.Array, train: bool) -> jax.Array:
+    """Normalises x (B, ..., C) by 'batch' (Ioffe and Szegedy, 2015), 'group' (Wu and He, 2018; up to 32 groups) or 'none'.
 
-    kind: str
+    Call it inside a module's compact method: the normalisation becomes a child of that module.
+    """
+    if kind == 'batch':
+        return nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+    if kind == 'group':
+        return nn.GroupNorm(num_groups=_groups(x.shape[-1]))(x)
+    if kind != 'none':
+        raise UsageError(f'norm {kind!r} does not exist', nearest(kind, ('none', 'batch', 'group')))
+    return x
 
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        if self.kind == 'batch':
-            return nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
-        if self.kind == 'group':
-            return nn.GroupNorm(num_groups=_groups(x.shape[-1]))(x)
-        if self.kind != 'none':
-            raise UsageError(f'norm {self.kind!r} does not exist', nearest(self.kind, ('none', 'batch', 'group')))
-        return x
+
+def dropout(rate: float, x: jax.Array, train: bool) -> jax.Array:
+    """Dropout of x at `rate`; without a rate no layer at all. Call it inside a module's compact method."""
+    return nn.Dropout(rate, deterministic=not train)(x) if rate else x
 
 
 def _groups(channels: int) -> int:

@@ -31,5 +31,5 @@ class MLP(nn.Module):
         x = inputs.reshape(inputs.shape[0], -1)  # (B, F)
         for width in self.hidden:
             x = layers.activation(self.activation)(nn.Dense(width)(x))
-            x = nn.Dropout(self.dropout, deterministic=not train)(x)
+            x = layers.dropout(self.dropout, x, train)
         return nn.Dense(self.num_outputs)(x)

@@ -41,5 +41,5 @@ def _pmap(step: Step, mesh: Mesh, batch: Any, state: Any) -> Step:
     devices = list(mesh.devices.flat)
     mapped = jax.pmap(step, axis_name=DATA_AXIS, in_axes=(None, 0), out_axes=(None, None), devices=devices, donate_argnums=0)
     split = jax.jit(lambda batch: jax.tree.map(lambda x: x.reshape(mesh.size, -1, *x.shape[1:]), batch))  # (N, B/N, ...)
-    mapped.lower(state, jax.eval_shape(split, batch)).compile()
-    return lambda state, batch: mapped(state, split(batch))
+    compiled = mapped.lower(state, jax.eval_shape(split, batch)).compile()
+    return lambda state, batch: compiled(state, split(batch))

@@ -50,7 +50,7 @@ class LogHook:
         values |= {'learning_rate': float(self.run.learning_rate(step - 1)), **pace}
         self.run.writer.write(step, 'train', self.run.clock.total(), values)
         mfu = 'unknown' if pace['mfu'] is None else f'{100 * pace["mfu"]:.1f}%'
-        losses = shown({k: v for k, v in values.items() if k in ('loss', 'accuracy')})
+        losses = shown({k: values[k] for k in ('loss', 'accuracy') if k in values})
         self.run.reporter.figures(f'{losses}  {pace["examples_per_second"]:,.0f} examples/s  MFU {mfu}')
 
     def _pace(self, steps: int, seconds: float) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from research.train.evaluate import Evaluator
 from research.train.hooks import CheckpointHook, EarlyStopHook, EvaluateHook, Hook, LogHook
 from research.train.progress import Reporter
 from research.train.provenance import provenance
-from research.train.run import Run, shown
+from research.train.run import Run
 from research.train.run_directory import RunDirectory, finished
 from research.train.signals import StopRequest
 from research.train.state import TrainState
@@ -185,8 +185,7 @@ def _finish(run: Run, state: TrainState, parts: build.Parts, best: Checkpoints |
     }
     run.directory.event('exit', status='completed', step=step)
     files.write_json(run.directory.summary, summary)
-    for split, values in metrics.items():
-        run.reporter.say(f'{split}: {shown(values)}')
+    run.reporter.phase('done')
     return summary
 
 

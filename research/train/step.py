@@ -94,7 +94,7 @@ def make_step(gradients: Gradients, optimizer: optax.GradientTransformation, see
         grads = jax.tree.map(lambda g: g / weight, grads)
         updates, optimizer_state = optimizer.update(grads, state.optimizer_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        found = {**found, 'gradient_norm': (optax.global_norm(grads), jnp.ones(()))}
+        found = {**found, 'gradient_norm': (optax.tree.norm(grads), jnp.ones(()))}
         new = dataclasses.replace(
             state, step=state.step + 1, params=params, model_state=model_state, optimizer_state=optimizer_state
         )

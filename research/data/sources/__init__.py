@@ -1,0 +1,1 @@
+"""Data sources: each file turns one storage format into a `DataSet` of random-access splits."""

@@ -1,0 +1,76 @@
+"""Every config resolves, has a docstring with its command, and passes an `eval_shape`d step on data of its shape."""
+
+import dataclasses
+import importlib
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from research.core import config_file, fields, schema
+from research.core.durations import Facts
+from research.core.registry import TABLES, Component, signature
+from research.data.source import DataSpec
+from research.train import build
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIGS = sorted(p for p in ROOT.glob('configs/*.py') if p.stem != '__init__')
+
+# What the data of each config look like: (shape of one image, classes).
+DATA = {'digits_cnn': ((8, 8, 1), 10), 'cifar10_cnn': ((32, 32, 3), 10), 'fashion_mnist_cnn': ((28, 28, 1), 10)}
+
+
+def spec_of(name):
+    shape, classes = DATA[name]
+    examples = {'image': (shape, np.dtype(np.uint8)), 'label': ((), np.dtype(np.int32))}
+    return DataSpec(examples, tuple(map(str, range(classes))), (100,) * classes)
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
+def test_config_resolves_and_tells_its_command(path):
+    config = config_file.load(str(path))
+    experiment = schema.resolve(config)
+    assert experiment.name == path.stem
+    assert schema.resolve(fields.to_plain(experiment)) == experiment
+    docstring = importlib.import_module(f'configs.{path.stem}').__doc__
+    assert f'python launch.py --config=configs/{path.name}' in docstring
+    assert 'not measured here' in docstring or 'n = ' in docstring
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
+def test_config_passes_an_abstract_step(path, mesh):
+    experiment = schema.resolve(config_file.load(str(path)))
+    spec = spec_of(path.stem)
+    task = build.make_task(experiment, spec)
+    facts = Facts(experiment.data.batch_size, 1000, 1e9, 100)
+    parts = build.make_parts(experiment, task, spec, mesh, build.learning_rate(experiment.optimizer, facts))
+    state, terms = jax.eval_shape(parts.step, parts.abstract, parts.batch)
+    before = jax.tree.map(lambda x: (x.shape, x.dtype), parts.abstract)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == before
+    assert {'loss', 'gradient_norm'} <= set(terms)
+
+
+def test_the_reference_program_has_the_parameters_that_keras_gives(mesh):
+    experiment = schema.resolve(config_file.load(str(ROOT / 'configs/cifar10_cnn.py')))
+    spec = spec_of('cifar10_cnn')
+    task = build.make_task(experiment, spec)
+    batch = build.preprocessed(experiment, build.abstract_batch(spec, 32))
+    params = jax.eval_shape(task.init, jax.random.key(0), batch)['params']
+    layers = {name: sum(int(np.prod(leaf.shape)) for leaf in layer.values()) for name, layer in params.items()}
+    assert layers == {'Conv_0': 896, 'Conv_1': 18496, 'Conv_2': 36928, 'Dense_0': 65600, 'Dense_1': 650}
+    assert sum(layers.values()) == 122_570
+    assert (experiment.data.batch_size, str(experiment.train.duration), experiment.seed) == (32, '10 epochs', 42)
+    assert experiment.optimizer.name == 'adam'
+    assert batch['image'].dtype == np.float32
+
+
+@pytest.mark.parametrize(('kind', 'name'), [(kind, name) for kind, table in TABLES.items() for name in table])
+def test_every_component_of_the_tables_exists_and_its_signature_can_be_read(kind, name):
+    thing = Component(kind, name, {}).load()
+    assert callable(thing)
+    assert thing.__doc__
+    read = signature(kind, name)
+    assert read is not None
+    if dataclasses.is_dataclass(thing):
+        assert set(read) <= {f.name for f in dataclasses.fields(thing)}
