@@ -1,4 +1,3 @@
-# ruff: noqa: E501 - the table is easier to read with one mistake a line
 """What a user's mistake gives: exit code 2, at most three lines, the nearest valid name, in under a second, without jax."""
 
 import pathlib

@@ -90,12 +90,13 @@ def test_draws_are_uniform_and_independent():
     assert abs(signs[:, 0].mean() - 0.5) < 5 * 0.5 / np.sqrt(8000)
 
 
-def test_layers_are_applied_one_after_the_other():
+def test_layers_are_applied_one_after_the_other_also_to_float_images():
     keys = jax.random.split(jax.random.key(4), len(EVERY))
     images = jnp.asarray(np.stack([PHOTO] * len(EVERY)))
-    operations, signs = randaugment._draw(keys, 3)
+    operations, signs = randaugment._draw(keys, 2)
     expected = images
-    for layer in range(3):
+    for layer in range(2):
         expected = APPLY(expected, operations[:, layer], signs[:, layer], 10)
-    result = jax.jit(randaugment.randaugment(num_layers=3, magnitude=10))(keys, {'image': images})
+    result = jax.jit(randaugment.randaugment(num_layers=2, magnitude=10))(keys, {'image': images.astype(jnp.float32)})
+    assert result['image'].dtype == jnp.float32
     np.testing.assert_array_equal(result['image'], expected)

@@ -198,7 +198,7 @@ def _number_field(name: str, feature: Any) -> dict[str, tuple[tuple[int, ...], n
         return {}
     dtype = np.dtype(info.np_dtype)
     if _is_class(feature):
-        pass
+        dtype = np.dtype(np.int32)
     elif name == 'label' or dtype == np.float64:
         dtype = np.dtype(np.float32)
     return {name: (tuple(info.shape), dtype)}

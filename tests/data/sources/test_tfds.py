@@ -20,6 +20,7 @@ from tensorflow_datasets.core.download import checksums
 from tensorflow_datasets.image_classification import cifar, mnist
 
 from research.core.errors import UsageError
+from research.data.sources import tfds_readers
 from research.data.sources.tfds import tfds
 
 RNG = np.random.default_rng(0)
@@ -334,8 +335,6 @@ def test_a_builder_whose_code_needs_tensorflow_is_answered_with_the_command(tmp_
     def examples(self, *_, **__):
         yield 0, {'image': np.zeros((28, 28, 1), np.uint8), 'label': 0}  # TFDS encodes arrays with TensorFlow
 
-    from research.data.sources import tfds_readers
-
     monkeypatch.setattr(mnist.MNIST, '_split_generators', lambda self, _: {'train': self._generate_examples()})
     monkeypatch.setattr(mnist.MNIST, '_generate_examples', examples)
     monkeypatch.setattr(tfds_readers, 'READERS', {})
@@ -351,3 +350,18 @@ def test_files_to_fetch_by_hand_are_answered_with_the_folder(tmp_path):
         UsageError, match=r'imagenet2012 needs files that are fetched by hand: .*\n  fix: put them into .*/manual'
     ):
         tfds(dataset='imagenet2012', data_dir=str(tmp_path), image_size=64)
+
+
+def test_only_one_process_prepares_at_a_time(tmp_path):
+    entered = threading.Event()
+
+    def enter():
+        with tfds_readers._only_process(tmp_path / 'lock'):
+            entered.set()
+
+    thread = threading.Thread(target=enter)
+    with tfds_readers._only_process(tmp_path / 'lock'):
+        thread.start()
+        assert not entered.wait(0.2)
+    assert entered.wait(5)
+    thread.join(5)
