@@ -7,6 +7,9 @@ import tempfile
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
 os.environ.setdefault('FULCRUM_CACHE', os.path.join(tempfile.gettempdir(), f'fulcrum-test-cache-{os.getuid()}'))
+# Many tests compile the same small programs: one cache serves the suite and the processes that it starts.
+os.environ['JAX_COMPILATION_CACHE_DIR'] = os.environ['FULCRUM_CACHE']
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
 
 import pytest
 

@@ -242,7 +242,8 @@ def parse_many(text: str, where: str) -> list[dict[str, Any]]:
 def _keywords(call: str, where: str, text: str) -> dict[str, Any]:
     try:
         node = ast.parse(call, mode='eval').body
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args and all(k.arg for k in node.keywords):
+        is_call = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        if isinstance(node, ast.Call) and is_call and not node.args and all(k.arg for k in node.keywords):
             return {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
     except (SyntaxError, ValueError):
         pass

@@ -31,20 +31,21 @@ class Checkpoints:
         }
         self._manager = ocp.CheckpointManager(folder.resolve(), options=options, item_handlers=handlers)
 
-    def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
-        """Saves the state after `step` steps; returns as soon as the arrays are copied off the device."""
+    def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> bool:
+        """Saves the state after `step` steps, unless it is saved; returns as soon as the arrays are copied off the device."""
         if step in self._manager.all_steps():
-            return
+            return False
         model, training = _split(state)
         arguments = {
             'model': ocp.args.StandardSave(model),
             'training': ocp.args.StandardSave(training),
             'meta': ocp.args.JsonSave(meta),
         }
-        self._guarded(lambda: self._manager.save(step, args=ocp.args.Composite(**arguments)))
+        return self._guarded(lambda: self._manager.save(step, args=ocp.args.Composite(**arguments)))
 
     def latest(self) -> int | None:
-        """The newest step on disk; None without any."""
+        """The newest step on disk; None without any. Waits for a save that is under way."""
+        self.wait()
         return self._manager.latest_step()
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:

@@ -101,8 +101,9 @@ class CheckpointHook:
         """Saves now; the disk is written in the background."""
         self.run.reporter.phase('saving')
         with self.run.clock.phase('save'):
-            checkpoints.save(step, state, {'seconds': self.run.clock.snapshot()})
-        self.run.directory.event('save', step=step, folder=checkpoints.folder.name)
+            saved = checkpoints.save(step, state, {'seconds': self.run.clock.snapshot()})
+        if saved:
+            self.run.directory.event('save', step=step, folder=checkpoints.folder.name)
         self.run.reporter.phase('training')
 
 

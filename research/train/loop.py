@@ -88,9 +88,9 @@ def _prepare(
     facts = build.measure(experiment, task, spec, len(splits['train']))
     rate = build.learning_rate(experiment.optimizer, facts)
     parts = build.make_parts(experiment, task, spec, mesh, rate)
-    files.write_json(directory.run, start.record(experiment, overrides, data_fingerprint, provenance()))
     evaluator = Evaluator(task, build_augmentation(experiment.data.preprocess), mesh)
     feeds = evaluation_feeds(experiment, splits, mesh)
+    files.write_json(directory.run, start.record(experiment, overrides, data_fingerprint, provenance()))
     run = Run(experiment, directory, mesh, clock, reporter, writer, facts, splits, evaluator, feeds, rate)
     _introduce(run, task, parts)
     return run, parts

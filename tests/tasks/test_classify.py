@@ -110,6 +110,17 @@ def test_masked_rows_influence_nothing(arguments, mixed):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), garbage, half)
 
 
+def test_nan_outputs_of_masked_rows_influence_nothing():
+    """A module may make NaN of the zeros that stand in for masked inputs."""
+    task, batch = classify(label_smoothing=0.1, focal_gamma=2.0), draw()
+    batch['mask'][8:] = 0
+    outputs = np.random.default_rng(0).normal(size=(16, K)).astype(np.float32)
+    total = jax.jit(jax.value_and_grad(lambda x: task.terms(x, batch)['loss'][0]))
+    clean, broken = total(outputs), total(np.where(batch['mask'][:, None] > 0, outputs, np.nan))
+    jax.tree.map(np.testing.assert_array_equal, clean, broken)
+    assert clean[1][:8].any() and not clean[1][8:].any()
+
+
 @pytest.mark.parametrize('arguments', VARIANTS)
 def test_microbatches_add_up_to_the_whole(arguments):
     task, batch = classify(**arguments), draw(1)

@@ -12,7 +12,7 @@ from sklearn.calibration import calibration_curve
 
 from research.core.errors import UsageError
 from research.tasks import ranking
-from research.tasks.metrics import CLASS_METRICS, METRICS, VALUE_METRICS, make, summarise
+from research.tasks.metrics import CLASS_METRICS, METRICS, VALUE_METRICS, CalibrationError, make, summarise
 
 BATCH = 64
 BITS = {'rel': 2e-7, 'abs': 1e-12}  # sums of float32 roundings of values of one sign; counts are exact
@@ -265,7 +265,20 @@ def test_calibration_error(seed, k):
     assert evaluate('calibration_error', logits, labels)['calibration_error'] == pytest.approx(want, abs=2e-7)
 
 
-def test_calibration_bins_are_closed_above_and_extremes_are_right():
+def test_calibration_bins_are_closed_above():
+    def logit(p):
+        return np.log(p / (1 - p))
+
+    # Confidence 1 (wrong) and 0.95 (right) share the last bin: the gap there is |1/2 - 0.975|.
+    logits, labels = np.float32([[200, 0], [logit(0.95), 0]]), np.int32([1, 0])
+    assert evaluate('calibration_error', logits, labels)['calibration_error'] == pytest.approx(0.475, abs=1e-6)
+    # With two bins, (0, 1/2] and (1/2, 1], confidence 1/2 (wrong) is apart from 0.95 (right): gaps 0.5 and 0.05.
+    metric = CalibrationError('label', num_bins=2)
+    state = metric.batch(jnp.float32([[0, 0], [logit(0.95), 0]]), {'label': labels, 'mask': np.ones(2, np.float32)})
+    assert metric.compute(state)['calibration_error'] == pytest.approx((0.5 + 0.05) / 2, abs=1e-6)
+
+
+def test_calibration_of_extremes():
     labels = np.zeros(8, np.int32)
     sure = np.float32([[200, 0]] * 8)  # confidence exactly 1: the last bin
     assert evaluate('calibration_error', sure, labels)['calibration_error'] == 0.0

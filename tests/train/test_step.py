@@ -10,7 +10,8 @@ import pytest
 from research.core import rng
 from research.data.build import build_splits
 from research.parallel import mesh as meshes
-from research.train import build, state as states, step
+from research.train import build, step
+from research.train import state as states
 from tests.train.conftest import experiment_of
 
 

@@ -1,0 +1,244 @@
+"""The loop: what a run writes, exact resume, budgets, early stop, best, starting from another run."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from research.core.errors import NumericalError, StorageError, UsageError
+from research.train.checkpoint import Checkpoints
+from research.train.evaluate_run import evaluate_run
+from research.train.loop import train
+from tests.train.conftest import experiment_of
+
+
+def saved(path, step, folder='checkpoints'):
+    """Every array of a checkpoint by name, as stored."""
+    with Checkpoints(path / folder) as checkpoints:
+        items = {}
+        for item in ('model', 'training'):
+            tree = checkpoints._manager.restore(step, args=raw_restore(item))[item]
+            items[item] = tree
+    return {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(items)}
+
+
+def raw_restore(item):
+    import orbax.checkpoint as ocp
+
+    return ocp.args.Composite(**{item: ocp.args.StandardRestore()})
+
+
+def assert_identical(a, b):
+    assert set(a) == set(b)
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def by_split(records, split):
+    return [{k: v for k, v in r.items() if k not in ('time', 'examples_per_second')} for r in records if r['split'] == split]
+
+
+def test_a_run_tells_everything(run):
+    summary, records, path = run('train.ema=0.9')
+    assert summary['status'] == 'completed'
+    assert summary['step'] == 12
+    assert set(summary['metrics']) == {'validation', 'test'}
+    assert [r['step'] for r in by_split(records, 'train')] == list(range(1, 13))
+    assert [r['step'] for r in by_split(records, 'validation')] == [6, 12]
+    assert [r['step'] for r in by_split(records, 'test')] == [12]
+    assert {'loss', 'accuracy', 'gradient_norm', 'learning_rate', 'skipped'} <= set(by_split(records, 'train')[0])
+    assert records[-1]['accuracy'] == summary['metrics']['test']['accuracy']
+    recorded = json.loads((path / 'run.json').read_text())
+    assert recorded['config']['train']['ema'] == 0.9
+    assert {'argv', 'git', 'packages', 'devices', 'data_fingerprint', 'seed'} <= set(recorded)
+    events = [json.loads(line)['event'] for line in (path / 'events.jsonl').read_text().splitlines()]
+    assert events[:2] == ['start', 'compile']
+    assert events[-1] == 'exit'
+    assert events.count('save') == 3
+    budget = summary['budget']
+    assert budget['examples'] == 12 * 64
+    assert budget['unique_examples'] == 12 * 64
+    assert budget['flops'] > 2 * 3 * 4810 * 64 * 0.5
+    assert set(budget['seconds']) == {'start', 'restore', 'compile', 'train', 'evaluate', 'save'}
+    assert budget['device_seconds'] == pytest.approx(8 * sum(budget['seconds'].values()), rel=0.01)
+
+
+@pytest.mark.parametrize('stop_at', [4, 8])
+def test_k_and_k_steps_equal_2k_bit_for_bit(run, tmp_path, monkeypatch, stop_at):
+    overrides = ('train.ema=0.9', 'model.dropout=0.2', 'data.augment=pad_crop(padding=1)', 'optimizer=adamw')
+    summary, records, whole = run(*overrides, folder='whole')
+    from research.train import hooks
+
+    original = hooks.LogHook.__call__
+
+    def interrupted(self, step, state, terms):
+        original(self, step, state, terms)
+        if step == stop_at + 1 and not (tmp_path / 'died').exists():
+            (tmp_path / 'died').touch()
+            raise RuntimeError('the machine is gone')
+
+    monkeypatch.setattr(hooks.LogHook, '__call__', interrupted)
+    with pytest.raises(RuntimeError, match='the machine is gone'):
+        run(*overrides, folder='parts')
+    again, records_again, parts = run(*overrides, folder='parts')
+    assert_identical(saved(whole, 12), saved(parts, 12))
+    for split in ('train', 'validation', 'test'):
+        assert by_split(records, split) == by_split(records_again, split)
+    assert summary['metrics'] == again['metrics']
+    events = [json.loads(line) for line in (parts / 'events.jsonl').read_text().splitlines()]
+    assert [e['origin'] for e in events if e['event'] == 'start'] == ['started from scratch', f'resumed from step {stop_at}']
+
+
+def test_a_finished_run_is_left_alone(run):
+    _, _, path = run()
+    before = {p: p.stat().st_mtime_ns for p in path.rglob('*') if p.is_file()}
+    assert train(experiment_of(), path, quiet=True) == json.loads((path / 'summary.json').read_text())
+    assert {p: p.stat().st_mtime_ns for p in path.rglob('*') if p.is_file()} == before
+
+
+def test_a_changed_config_is_refused_with_the_difference_unless_allowed(run):
+    run()
+    with pytest.raises(UsageError, match=r'optimizer.learning_rate: 0.001 -> 0.5'):
+        run('optimizer.learning_rate=0.5')
+    summary, _, _ = run('log.every=3 steps', 'parallel.compile=pmap')  # does not matter: still complete
+    assert summary['step'] == 12
+    summary, records, _ = run('train.duration=16 steps', allow_change=True)
+    assert summary['step'] == 16
+    assert [r['step'] for r in by_split(records, 'train')] == list(range(1, 17))
+
+
+def test_other_data_are_refused(run, monkeypatch):
+    experiment = experiment_of('checkpoint.every=4 steps')
+    _, _, path = run()
+    (path / 'summary.json').unlink()
+    monkeypatch.setattr('research.train.loop.fingerprint', lambda source: 'other')
+    with pytest.raises(UsageError, match='training data are not those'):
+        train(experiment, path, quiet=True)
+
+
+def test_a_checkpoint_that_cannot_be_read_is_never_replaced_by_a_fresh_start(run):
+    _, _, path = run()
+    (path / 'summary.json').unlink()
+    for file in (path / 'checkpoints' / '12').rglob('*'):
+        if file.is_file() and file.stat().st_size > 200:
+            file.write_bytes(b'x' * 10)
+    before = sorted((path / 'checkpoints').rglob('*'))
+    with pytest.raises(StorageError):
+        run()
+    assert sorted((path / 'checkpoints').rglob('*')) == before
+
+
+def test_a_checkpoint_of_another_model_is_refused_leaf_by_leaf(run):
+    run()
+    with pytest.raises(StorageError, match=r'Dense_0/kernel is float32\(64, 16\), expected float32\(64, 17\)'):
+        run('model.hidden=(17,)', allow_change=True)
+
+
+def test_the_data_budget_and_the_compute_budget_do_what_they_say(run):
+    whole, _, _ = run('train.duration=2 epochs', 'checkpoint.every=0 steps')
+    tenth, _, _ = run('train.duration=2 epochs', 'data.budget=10%', 'checkpoint.every=0 steps', folder='tenth')
+    assert whole['budget']['unique_examples'] == pytest.approx(10 * tenth['budget']['unique_examples'], abs=10)
+    assert tenth['step'] == -(-2 * tenth['budget']['unique_examples'] // 64)
+    flops_per_step = whole['budget']['flops'] / whole['step']
+    few, _, _ = run(f'train.duration={5.5 * flops_per_step} flops', folder='few')
+    assert few['step'] == 5
+    assert few['budget']['flops'] <= 5.5 * flops_per_step
+
+
+def test_money_is_device_hours_times_price(run):
+    summary, _, _ = run('train.duration=1 step', 'price_per_device_hour=2.5')
+    assert summary['budget']['money_usd'] == pytest.approx(summary['budget']['device_seconds'] / 3600 * 2.5)
+    assert run('train.duration=1 step', folder='free')[0]['budget']['money_usd'] is None
+
+
+def test_early_stop_and_its_memory(run):
+    overrides = (
+        'train.duration=100 steps', 'evaluate.every=2 steps', 'optimizer=sgd', 'optimizer.learning_rate=1e-9',
+        'train.early_stop.metric=validation/accuracy', 'train.early_stop.mode=max', 'train.early_stop.patience=3',
+    )  # fmt: skip
+    summary, _, path = run(*overrides)
+    assert summary['step'] == 8  # the first evaluation is the best, three more are borne
+    assert 'validation/accuracy has not improved for 3' in summary['stopped_early']
+    (path / 'summary.json').unlink()
+    again, _, _ = run(*overrides)
+    assert again['step'] == 8  # stopped for good, also when asked again
+
+
+def test_the_best_state_is_kept_and_evaluated(run):
+    overrides = (
+        'checkpoint.best=validation/loss',
+        'checkpoint.best_mode=min',
+        'optimizer.learning_rate=0.003',
+        'evaluate.every=3 steps',
+    )
+    summary, records, path = run(*overrides)
+    losses = {r['step']: r['loss'] for r in by_split(records, 'validation')}
+    best = min(losses, key=losses.get)
+    assert summary['best']['step'] == best
+    assert summary['best']['metrics']['validation']['loss'] == losses[best]
+    assert [p.name for p in (path / 'best').iterdir() if p.name.isdigit()] == [str(best)]
+
+
+def test_starting_from_another_run(run):
+    _, _, path = run()
+    summary, _, _ = run(f'init_from={path}', 'optimizer.learning_rate=1e-9', 'train.ema=0.9', folder='other')
+    np.testing.assert_allclose(summary['metrics']['test']['loss'], run()[0]['metrics']['test']['loss'], rtol=1e-5)
+    with pytest.raises(UsageError, match='holds no checkpoints'):
+        run('init_from=/nowhere', folder='third')
+
+
+def test_numbers_that_stay_bad_end_the_run_with_their_code(run):
+    with pytest.raises(NumericalError, match='not finite') as error:
+        run('optimizer=sgd', 'optimizer.learning_rate=1e30', 'train.max_skips=3', 'train.duration=50 steps')
+    assert error.value.exit_code == 76
+
+
+def test_any_run_can_be_evaluated_again(run):
+    summary, _, path = run('checkpoint.best=validation/accuracy')
+    found = evaluate_run(path, [])
+    assert found['newest']['metrics'] == summary['metrics']
+    assert found['best']['metrics'] == summary['best']['metrics']
+    only = evaluate_run(path, ['evaluate.final=test', 'data.evaluation_batch_size=40'])
+    assert set(only['newest']['metrics']) == {'test'}
+    assert only['newest']['metrics']['test'] == pytest.approx(summary['metrics']['test'], rel=1e-6)
+    with pytest.raises(UsageError, match='holds no run'):
+        evaluate_run(path / 'nothing', [])
+
+
+def test_regression_of_the_digit(run):
+    summary, _, _ = run(
+        'task=regress(inputs="image")', 'train.duration=30 epochs', 'optimizer.learning_rate=0.003', 'log.every=50 steps',
+        'evaluate.every=0 steps', 'checkpoint.every=0 steps', 'model.hidden=(64,)',
+    )  # fmt: skip
+    assert summary['metrics']['test']['r2'] > 0.8
+    assert summary['metrics']['test']['mse'] < 1.5
+
+
+def test_an_unknown_split_or_batch_that_devices_cannot_share_is_told_at_once(run):
+    with pytest.raises(UsageError, match="no split 'tset'"):
+        run('evaluate.final=tset')
+    with pytest.raises(UsageError, match='cannot be shared by 8 devices'):
+        run('data.batch_size=60')
+    with pytest.raises(UsageError, match='jax sees 8 cpu device'):
+        run('parallel.devices=9')
+
+
+def test_no_transfers_and_no_recompilation_between_log_steps(run, monkeypatch):
+    from research.train import loop
+
+    original, compiles = loop.build.compile_parts, []
+
+    def watched(*arguments):
+        step = original(*arguments)
+
+        def guarded(state, batch):
+            with jax.transfer_guard_device_to_host('disallow'):
+                return step(state, batch)
+
+        compiles.append(1)
+        return guarded
+
+    monkeypatch.setattr(loop.build, 'compile_parts', watched)
+    run('log.every=6 steps')
+    assert compiles == [1]
