@@ -102,7 +102,7 @@ def train(experiment: schema.Experiment, workdir: pathlib.Path, overrides: list[
     summary = finished(experiment, RunDirectory(workdir), FLAGS.allow_config_change)
     if summary is not None:
         print(f'{workdir} is complete at step {summary["step"]}; its results are in {workdir / "summary.json"}')
-        print('fix: to train again give another --workdir or seed, or delete that folder')
+        print('to train again, give another --workdir or another seed')
         return
     from research.train import loop
 

@@ -12,7 +12,7 @@ def get_config(epochs: int = 30):
     config.data.source = 'digits'
     config.data.batch_size = 64
     config.data.augment = ['pad_crop(padding=1)']
-    config.model = {'name': 'cnn', 'features': (32, 64), 'pool': (2, 2), 'padding': 'SAME', 'hidden': (64,)}
+    config.model = 'cnn(features=(32, 64, 64), pool=(1, 2, 2), padding="SAME", hidden=(64,), norm="group")'
     config.optimizer.learning_rate = 2e-3
     config.optimizer.schedule = {'name': 'cosine', 'warmup': '5%'}
     config.train.duration = f'{epochs} epochs'

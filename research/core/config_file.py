@@ -148,7 +148,7 @@ def _set_many(values: Any, kind: str, rest: str, text: str, where: str) -> list[
     """A list of components: replaced whole ('flip, pad_crop(padding=2)' or 'none'), or one of them by index."""
     if not rest:
         return registry.parse_many(text, where)
-    values = [values] if isinstance(values, (str, dict)) else list(values)
+    values = registry.parse_many(values, where) if isinstance(values, str) else list(values)
     index, _, argument = rest.partition('.')
     if not index.isdigit() or int(index) >= len(values):
         raise UsageError(f'{where}: there is no component {index!r}', f'there are {len(values)}, counted from 0')

@@ -84,7 +84,7 @@ def _field(root: Any, field: Field, given: Any, where: str) -> Any:
     if 'section' in rules:
         return build(root, rules['section'], {} if given is None else given, where)
     if 'many' in rules:
-        given = [given] if isinstance(given, str) or hasattr(given, 'items') else given
+        given = registry.parse_many(given, where) if isinstance(given, str) else given
         return tuple(registry.component(rules['kind'], v, f'{where}.{i}') for i, v in enumerate(given))
     if 'kind' in rules:
         return None if given is None and 'None' in type_name(field) else registry.component(rules['kind'], given, where)

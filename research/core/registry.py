@@ -25,6 +25,7 @@ TABLES: dict[str, dict[str, str]] = {
     'source': {
         'digits': 'research.data.sources.digits:digits',
         'idx': 'research.data.sources.idx:idx',
+        'fashion_mnist': 'research.data.sources.fashion_mnist:fashion_mnist',
         'tfds': 'research.data.sources.tfds:tfds',
         'image_folder': 'research.data.sources.image_folder:image_folder',
         'npz': 'research.data.sources.npz:npz',

@@ -172,10 +172,11 @@ def _erase(images: jax.Array, boxes: jax.Array, fill: jax.Array) -> jax.Array:
     return jnp.where(inside(boxes, images.shape[1], images.shape[2])[..., None], fill, images)
 
 
-def normalise(*, mean: tuple[float, ...] | float = 0.5, std: tuple[float, ...] | float = 0.5) -> Augmentation:
+def normalise(*, mean: tuple[float, ...] | float = 0.0, std: tuple[float, ...] | float = 1.0) -> Augmentation:
     """(image / 255 - mean) / std in float32; `mean` and `std` are one number or one per channel, on the 0..1 scale.
 
-    It draws nothing, so it serves evaluation too. The default gives -1..1.
+    It draws nothing, so it serves evaluation too. The default gives 0..1. A batch without images passes as it is: this is the
+    default preprocessing of every data set.
 
     Raises:
       UsageError: a standard deviation is not positive, or the numbers do not match the channels.
@@ -192,7 +193,7 @@ def normalise(*, mean: tuple[float, ...] | float = 0.5, std: tuple[float, ...] |
                 )
         return (images.astype(jnp.float32) / 255 - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
 
-    return on_images(transform)
+    return lambda keys, batch: on_images(transform)(keys, batch) if 'image' in batch else batch
 
 
 def images_of(batch: Batch) -> jax.Array:

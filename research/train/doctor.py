@@ -30,9 +30,12 @@ SUPPORTED = ((3, 11), (3, 13))  # the first and the last Python version that are
 VARIABLES = ('JAX_PLATFORMS', 'XLA_FLAGS', 'LIBTPU_INIT_ARGS', 'CUDA_VISIBLE_DEVICES')
 CUDA_PLUGINS = ('jax-cuda12-plugin', 'jax-cuda13-plugin')
 NVIDIA_FILES = ('/proc/driver/nvidia/gpus/*', '/dev/nvidia[0-9]*')
-GOOGLE_PCI_VENDOR = '0x1ae0'
+ACCEL_FILES, VFIO_FILES = '/dev/accel[0-9]*', '/dev/vfio/[0-9]*'
+PCI_VENDORS = '/sys/bus/pci/devices/*/vendor'
+GOOGLE = '0x1ae0'  # its PCI vendor id
 PROBE = 'from research.train import doctor; doctor.probe()'
 PROBE_SECONDS = 90
+SMI_SECONDS = 20
 LOW_DISK = 5e9  # bytes
 
 Status = Literal['ok', 'warning', 'problem']
@@ -117,11 +120,8 @@ def nvidia_present() -> bool:
     """Whether an NVIDIA GPU is to be seen here, by its files or by nvidia-smi."""
     if any(glob.glob(pattern) for pattern in NVIDIA_FILES):
         return True
-    program = shutil.which('nvidia-smi')
-    if program is None:
-        return False
     try:
-        listed = subprocess.run([program, '-L'], capture_output=True, text=True, timeout=20)  # noqa: S603 - no user input
+        listed = subprocess.run(['nvidia-smi', '-L'], capture_output=True, text=True, timeout=SMI_SECONDS)  # noqa: S607
     except (OSError, subprocess.TimeoutExpired):
         return False
     return listed.returncode == 0 and 'GPU ' in listed.stdout
@@ -129,9 +129,9 @@ def nvidia_present() -> bool:
 
 def tpu_present() -> bool:
     """Whether a TPU is to be seen here. A numbered vfio group alone may be any card, so its maker is asked for too."""
-    vendors = (pathlib.Path(path) for path in glob.glob('/sys/bus/pci/devices/*/vendor'))
-    google = any(path.read_text(encoding='ascii').strip() == GOOGLE_PCI_VENDOR for path in vendors)
-    return bool(glob.glob('/dev/accel[0-9]*')) or (google and bool(glob.glob('/dev/vfio/[0-9]*')))
+    vendors = (pathlib.Path(path) for path in glob.glob(PCI_VENDORS))
+    google = any(path.read_text(encoding='ascii').strip() == GOOGLE for path in vendors)
+    return bool(glob.glob(ACCEL_FILES)) or (google and bool(glob.glob(VFIO_FILES)))
 
 
 def probe() -> None:
@@ -151,7 +151,8 @@ def probe() -> None:
 
 def start_jax() -> dict[str, Any]:
     """`devices`, `error` and `jax_imports` of the facts."""
-    variables = {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false', **os.environ, 'PYTHONPATH': str(ROOT)}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
+    variables = {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false', **os.environ, 'PYTHONPATH': path}
     command = [sys.executable, '-c', PROBE]
     try:
         done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=PROBE_SECONDS)  # noqa: S603
@@ -187,7 +188,9 @@ def packages(facts: Facts) -> Check:
     jax, jaxlib = facts.versions['jax'], facts.versions['jaxlib']
     if jax != jaxlib:
         return Check('packages', 'warning', f'jax {jax} and jaxlib {jaxlib} are not one version', install(facts))
-    return Check('packages', 'ok', ', '.join(f'{name} {facts.versions[name]}' for name in ('jax', 'jaxlib', *required()[1:])))
+    return Check(
+        'packages', 'ok', ', '.join(f'{name} {facts.versions[name]}' for name in dict.fromkeys(('jax', 'jaxlib', *required())))
+    )
 
 
 def install(facts: Facts) -> str:
@@ -237,12 +240,11 @@ def accelerator(facts: Facts) -> Check:
     if used:
         return Check('accelerator', 'ok', f'jax uses it: {", ".join(sorted(used))}')
     if not here:
-        return Check('accelerator', 'ok', 'neither an NVIDIA GPU nor a TPU is here: the CPU computes')
+        return Check('accelerator', 'ok', 'neither an NVIDIA GPU nor a TPU is here')
     if facts.environment.get('JAX_PLATFORMS', '').startswith('cpu'):
         return Check('accelerator', 'warning', f'{here} is here, but JAX_PLATFORMS keeps jax on the CPU', 'unset JAX_PLATFORMS')
     if facts.nvidia and facts.environment.get('CUDA_VISIBLE_DEVICES') in ('', '-1'):
-        text = f'{here} is here, but CUDA_VISIBLE_DEVICES hides it'
-        return Check('accelerator', 'warning', text, 'unset CUDA_VISIBLE_DEVICES')
+        return Check('accelerator', 'warning', f'{here} is here, but hidden', 'unset CUDA_VISIBLE_DEVICES')
     plugins = CUDA_PLUGINS if facts.nvidia else ('libtpu',)
     if not any(facts.versions[name] for name in plugins):
         return Check('accelerator', 'problem', f'{here} is here, but this jax runs on the CPU alone', install(facts))
