@@ -4,7 +4,8 @@
     python -m bench.accuracy --config=configs/fashion_mnist_cnn.py:recipe=reference --seeds=5 \
         --config.data.source.dir=/usr/share/datasets/fashion-mnist
 
-The seed sets initialisation, order and augmentation; the splits are fixed by the data. Seeds are 0, 1, 2, ...: none is left out.
+The seed sets initialisation, order and augmentation; the splits are fixed by the data. Seeds are 0, 1, 2, ...; none is left
+out.
 """
 
 import argparse

@@ -1,22 +1,32 @@
-"""Fashion-MNIST."""
+"""Fashion-MNIST with the CNN of the reference program, by the tutorial's recipe and by a better one, five epochs each.
+
+python launch.py --config=configs/fashion_mnist_cnn.py                         # downloads through TFDS once
+python launch.py --config=configs/fashion_mnist_cnn.py --config.data.source.dir=/usr/share/datasets/fashion-mnist
+python launch.py --config=configs/fashion_mnist_cnn.py:recipe=reference
+"""
 
 from research.core.schema import default_config
 
 
 def get_config(recipe: str = 'better', epochs: int = 5):
-    """The config; `recipe`: 'reference' or 'better'; `epochs`: passes over the training split."""
+    """The config.
+
+    Args:
+      recipe: 'reference' (Adam at 0.001, batch 32) or 'better' (one-cycle Adam up to 0.003, batch 64, averaged parameters).
+      epochs: passes over the training split.
+    """
     config = default_config()
     config.data.source = 'fashion_mnist'
-    config.data.validation = 0.1
+    config.data.batch_size = 32
     config.model = 'cnn'
+    config.optimizer.name = 'adam'
+    config.optimizer.learning_rate = 1e-3
     config.train.duration = f'{epochs} epochs'
-    if recipe == 'reference':
-        config.data.batch_size = 32
-        config.optimizer.learning_rate = 1e-3
-    else:
+    if recipe == 'better':
         config.data.batch_size = 64
-        config.data.augment = 'flip'
         config.optimizer.learning_rate = 3e-3
         config.optimizer.schedule = 'one_cycle'
         config.train.ema = 0.999
+    elif recipe != 'reference':
+        raise ValueError(f'recipe is {recipe!r}, neither reference nor better')
     return config

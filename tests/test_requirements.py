@@ -11,7 +11,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = pathlib.Path(__file__).parents[1]
-GPU, CPU, TPU, DEV = (ROOT / name for name in ('requirements.txt', *(f'requirements/{n}.txt' for n in ('cpu', 'tpu', 'dev'))))
+GPU = ROOT / 'requirements.txt'
+CPU, TPU, DEV, TYPES = (ROOT / f'requirements/{name}.txt' for name in ('cpu', 'tpu', 'dev', 'types'))
 CONSTRAINTS = ROOT / 'requirements' / 'constraints.txt'
 PYTHONS = ('3.11', '3.12', '3.13')
 NOT_IMPORTED = {
@@ -84,7 +85,7 @@ def test_the_lists_differ_in_the_jax_line_alone():
     assert gpu[1:] == cpu[1:] == tpu[1:]
 
 
-@pytest.mark.parametrize('path', [GPU, CPU, TPU, DEV], ids=lambda path: path.name)
+@pytest.mark.parametrize('path', [GPU, CPU, TPU, DEV, TYPES], ids=lambda path: path.name)
 def test_every_list_is_constrained_and_names_no_index(path):
     options = [line for line in lines(path) if line.startswith('-')]
     assert [option.split()[0] for option in options] == ['-c']
@@ -106,13 +107,13 @@ def test_what_the_tests_import_is_declared():
 @pytest.mark.parametrize('python', PYTHONS)
 def test_everything_that_is_named_is_pinned(python):
     versions = pinned(python)
-    assert names(CPU, DEV) - set(versions) == set()
+    assert names(CPU, DEV, TYPES) - set(versions) == set()
     assert versions['jax'] == versions['jaxlib']
 
 
 def test_everything_that_is_brought_along_is_pinned():
     here = '.'.join(map(str, sys.version_info[:2]))
-    assert closure(requirements(CPU) + requirements(DEV)) - set(pinned(here)) == set()
+    assert closure(requirements(CPU) + requirements(DEV) + requirements(TYPES)) - set(pinned(here)) == set()
 
 
 @pytest.mark.parametrize('python', PYTHONS)

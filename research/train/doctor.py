@@ -57,12 +57,21 @@ class Check:
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What was found here. `devices` are what jax sees; if it sees none, `error` says why, in one line."""
+    """What was found here.
+
+    Attributes:
+      python: version of the interpreter.
+      versions: of the distributions that requirements.txt names, jaxlib and the plugins; None: missing.
+      environment: the variables that steer jax.
+      nvidia: an NVIDIA GPU is to be seen.
+      tpu: a TPU is to be seen.
+      devices: what jax sees.
+      error: why it sees none, in one line.
+      jax_imports: jax can be imported.
+    """
 
     python: tuple[int, int]
-    versions: Mapping[
-        str, str | None
-    ]  # of the distributions that requirements.txt names, jaxlib and the plugins; None: missing
+    versions: Mapping[str, str | None]
     environment: Mapping[str, str]
     nvidia: bool
     tpu: bool

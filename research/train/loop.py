@@ -116,12 +116,11 @@ def _introduce(run: Run, task: Task, parts: build.Parts) -> None:
         run.reporter.say(flops.table(task.module, build.preprocessed(experiment, parts.batch)[task.inputs]))
     num_parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parts.abstract.params))
     step_flops = 'unknown' if facts.step_flops is None else f'{facts.step_flops:.3g}'
-    sizes = ', '.join(f'{name} {len(source):,}' for name, source in run.splits.items())
-    run.reporter.say(
-        f'{experiment.name}: {num_parameters:,} parameters; examples: {sizes}; {run.total_steps:,} steps of '
-        f'{facts.batch_size} examples, {step_flops} FLOPs each; {run.mesh.size} x {jax.devices()[0].device_kind}; '
-        f'run directory {run.directory.path}'
-    )
+    sizes = ', '.join(f'{name} {len(run.splits[name]):,}' for name in sorted(run.splits, key=lambda n: -len(run.splits[n])))
+    run.reporter.say(f'model  {experiment.model}: {num_parameters:,} parameters')
+    run.reporter.say(f'data   {experiment.data.source}: {sizes} examples')
+    run.reporter.say(f'run    {run.total_steps:,} steps of {facts.batch_size} examples, {step_flops} FLOPs each')
+    run.reporter.say(f'on     {run.mesh.size} x {jax.devices()[0].device_kind}, recorded in {run.directory.path}')
 
 
 def _train(

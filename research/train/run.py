@@ -86,5 +86,10 @@ class Run:
 
 
 def shown(values: dict[str, Any]) -> str:
-    """The single numbers among `values` as a person reads them: 'loss 0.1234  accuracy 0.9812'."""
-    return '  '.join(f'{name} {value:.4g}' for name, value in values.items() if isinstance(value, float))
+    """The single numbers among `values` as a person reads them: 'loss 0.1234  accuracy 0.9810'."""
+    return '  '.join(f'{name} {_number(value)}' for name, value in values.items() if isinstance(value, float))
+
+
+def _number(value: float) -> str:
+    """Four decimals where they say something, else three significant digits."""
+    return f'{value:.4f}' if value == 0 or 1e-3 <= abs(value) < 1e4 else f'{value:.3g}'

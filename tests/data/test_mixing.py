@@ -146,8 +146,9 @@ def test_chained_mixing_mixes_each_example_once_and_keeps_the_weights_true():
     first = jax.jit(chain([mixing.mixup(alpha=4.0, probability=0.5)]))(keys, batch)
     done = np.asarray(first['mix_weight']) < 1
     assert 0.4 < done.mean() < 0.6
-    np.testing.assert_array_equal(result['image'][done], first['image'][done])
-    np.testing.assert_array_equal(result['mix_weight'][done], first['mix_weight'][done])
+    one_rounding = 2.0**-23  # two programs may fuse, and so round, differently
+    np.testing.assert_allclose(result['image'][done], first['image'][done], rtol=one_rounding)
+    np.testing.assert_allclose(result['mix_weight'][done], first['mix_weight'][done], rtol=one_rounding)
     assert (np.asarray(result['mix_weight'])[~done] < 1).all()
     # Images of one level show what they are made of, also when the partner had been mixed before.
     own, weight = np.asarray(images)[:, 0, 0, 0], np.asarray(result['mix_weight'])

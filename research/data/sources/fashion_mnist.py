@@ -1,7 +1,7 @@
 """Fashion-MNIST (Xiao, Rasul and Vollgraf, 2017): 60,000 + 10,000 images 28x28 of 10 kinds of clothing.
 
-From a folder of its four IDX files where one is given (Debian's package dataset-fashion-mnist has them), else through TFDS, which
-downloads it once.
+From a folder of its four IDX files where one is given (Debian's package dataset-fashion-mnist has them), else through TFDS,
+which downloads it once.
 """
 
 from research.data.source import DataSet
