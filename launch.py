@@ -7,14 +7,13 @@ this machine ready?). The same command resumes a run. Exit codes: 0 done, 2 usag
 numerical failure.
 """
 
-import json
 import pathlib
 import sys
 import traceback
 
 from absl import flags
 
-from research.core import config_file, fields, files, schema
+from research.core import config_file, schema
 from research.core.errors import ExitCode, FulcrumError, UsageError, nearest
 
 MODES = ('train', 'evaluate', 'show', 'doctor')
@@ -54,29 +53,20 @@ def load(overrides: list[str]) -> schema.Experiment:
     """The experiment of --config and its overrides."""
     if FLAGS.config is None:
         raise UsageError('--config is missing', f'for example --config=configs/digits_cnn.py; {_known_configs()}')
-    config = config_file.load(FLAGS.config)
-    seen: dict[str, str] = {}
-    for path, _, text in (override.partition('=') for override in overrides):
-        if path in seen:
-            print(f'warning: --config.{path} is given twice; {text!r} counts', file=sys.stderr)
-        seen[path] = text
-        config_file.override(config, path, text)
-    return schema.resolve(config)
+    paths = [override.partition('=')[0] for override in overrides]
+    for path in sorted({path for path in paths if paths.count(path) > 1}):
+        print(f'warning: --config.{path} is given twice; the last counts', file=sys.stderr)
+    return config_file.resolve(FLAGS.config, overrides)
 
 
 def _known_configs() -> str:
     return 'known: ' + ', '.join(str(p) for p in sorted(pathlib.Path('configs').glob('*.py')) if p.stem != '__init__')
 
 
-def default_workdir(experiment: schema.Experiment) -> pathlib.Path:
-    """runs/NAME, or runs/NAME-HASH where the config differs from its file: another experiment is never mixed in."""
-    changed = FLAGS.config.partition('.py:')[2] or experiment != schema.resolve(config_file.load(FLAGS.config))
-    suffix = '-' + files.digest([json.dumps(fields.to_plain(experiment), sort_keys=True)], 4) if changed else ''
-    return pathlib.Path('runs') / f'{experiment.name}{suffix}'
-
-
 def dispatch(overrides: list[str]) -> None:
     """Runs the chosen mode. jax is imported only after the config was found to be right."""
+    if FLAGS.help:
+        return print(f'{__doc__}\nFlags:\n{FLAGS.get_help()}\n{_known_configs()}')
     if FLAGS.mode == 'doctor':
         from research.train import doctor
 
@@ -90,9 +80,10 @@ def dispatch(overrides: list[str]) -> None:
         from research.core import show
 
         return show.report(experiment)
+    default = config_file.default_workdir(FLAGS.config, experiment)
     if FLAGS.mode == 'evaluate':
-        raise UsageError('--workdir is missing', f'for example --workdir={default_workdir(experiment)}')
-    return train(experiment, pathlib.Path(FLAGS.workdir or default_workdir(experiment)), overrides)
+        raise UsageError('--workdir is missing', f'for example --workdir={default}')
+    return train(experiment, pathlib.Path(FLAGS.workdir or default), overrides)
 
 
 def train(experiment: schema.Experiment, workdir: pathlib.Path, overrides: list[str]) -> None:
@@ -113,11 +104,7 @@ def train(experiment: schema.Experiment, workdir: pathlib.Path, overrides: list[
 def main(argv: list[str]) -> int:
     """Runs the command; returns its exit code. A failure that is expected is told in at most three lines."""
     try:
-        overrides = parse(argv)
-        if FLAGS.help:
-            print(f'{__doc__}\nFlags:\n{FLAGS.get_help()}\n{_known_configs()}')
-        else:
-            dispatch(overrides)
+        dispatch(parse(argv))
     except FulcrumError as error:
         if '--debug' in argv:
             traceback.print_exc()

@@ -28,6 +28,7 @@ myst_enable_extensions = ['deflist']
 myst_heading_anchors = 3
 exclude_patterns = ['_build']
 html_theme = 'furo'
+smartquotes = False  # what is quoted here is typed by somebody
 html_title = f'{project} {release}'
 
 REFERENCE = DOCS / 'reference' / 'configuration.md'

@@ -12,11 +12,13 @@ replace the whole component, so that no argument of the old one stays behind. No
 import ast
 import importlib.util
 import inspect
+import json
 import pathlib
 import traceback
+from collections.abc import Sequence
 from typing import Any
 
-from research.core import fields, registry
+from research.core import fields, files, registry, schema
 from research.core.errors import FulcrumError, UsageError, nearest
 from research.core.schema import Experiment
 
@@ -38,6 +40,21 @@ def load(text: str) -> dict[str, Any]:
     config = registry.plain(_call(path, get_config, _arguments(get_config, arguments)))
     config['name'] = config.get('name') or path.stem
     return config
+
+
+def resolve(text: str, overrides: Sequence[str] = ()) -> Experiment:
+    """The experiment of 'FILE.py[:argument=value,...]' with overrides 'key=value'; the last of equal keys counts."""
+    config = load(text)
+    for path, _, value in (one.partition('=') for one in overrides):
+        override(config, path, value)
+    return schema.resolve(config)
+
+
+def default_workdir(text: str, experiment: Experiment) -> pathlib.Path:
+    """runs/NAME; runs/NAME-HASH where the experiment is not what its file says by default, so that two never mix."""
+    is_plain = ':' not in text and experiment == resolve(text)
+    plain = json.dumps(fields.to_plain(experiment), sort_keys=True)
+    return pathlib.Path('runs') / (experiment.name if is_plain else f'{experiment.name}-{files.digest([plain], 4)}')
 
 
 def override(config: dict[str, Any], path: str, text: str) -> None:

@@ -17,9 +17,12 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
     """A mesh over all devices, or the first `num_devices`. Axes are Auto: linen's constraints need it.
 
     Raises:
-      UsageError: there are fewer devices.
+      UsageError: there are fewer devices, or jax cannot start on this machine.
     """
-    devices = jax.devices()
+    try:
+        devices = jax.devices()
+    except (RuntimeError, AssertionError) as error:  # a bare AssertionError where JAX_PLATFORMS=cuda meets no GPU
+        raise UsageError(f'jax finds no device: {str(error)[:120]}', 'python launch.py --mode=doctor says why') from error
     if num_devices is not None and num_devices > len(devices):
         raise UsageError(
             f'config.parallel.devices={num_devices}, but jax sees {len(devices)} {devices[0].platform} device(s)',

@@ -10,6 +10,7 @@ Metrics that need the same counts each make them: inside one jitted function the
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -41,29 +42,30 @@ class Accuracy(Additive):
 
 
 @dataclasses.dataclass(frozen=True)
-class TopFive(Additive):
-    """The share of examples whose label is among the five largest logits; ties count against the model.
+class TopK(Additive):
+    """The share of examples whose label is among the k largest logits; ties count against the model.
 
     Raises:
-      UsageError: there are at most five classes, so it would always be 1.
+      UsageError: there are at most k classes, so it would always be 1.
     """
 
+    k: int
     num_classes: int
     labels: str
 
     def __post_init__(self):
-        if self.num_classes <= 5:
-            raise UsageError(f"metric 'top5' is always 1 with {self.num_classes} classes", "use 'accuracy'")
+        if self.num_classes <= self.k:
+            raise UsageError(f"metric 'top{self.k}' is always 1 with {self.num_classes} classes", "use 'accuracy'")
 
     def batch(self, outputs: jax.Array, batch: Mapping[str, Any]) -> State:
         """(sum, weight); `outputs` are logits (B, K)."""
         logits, labels, weights = checked(outputs, batch, self.labels)
         own = jnp.take_along_axis(logits, labels[:, None], axis=-1)  # (B, 1)
-        return weighted(jnp.sum(logits >= own, axis=-1) <= 5, weights)  # the label itself is one of the five
+        return weighted(jnp.sum(logits >= own, axis=-1) <= self.k, weights)  # the label itself is one of the k
 
     def compute(self, state: State) -> Result:
-        """{'top5': in [0, 1]}."""
-        return {'top5': float(ratio(*state, empty=np.nan))}
+        """{'topK': in [0, 1]}."""
+        return {f'top{self.k}': float(ratio(*state, empty=np.nan))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +217,9 @@ Factory = Callable[[int, str], Metric]  # (number of classes or outputs, key of 
 
 CLASS_METRICS: dict[str, Factory] = {
     'accuracy': lambda k, labels: Accuracy(labels),
-    'top5': TopFive,
+    'top2': functools.partial(TopK, 2),
+    'top3': functools.partial(TopK, 3),
+    'top5': functools.partial(TopK, 5),
     'precision': lambda k, labels: ClassScore(k, labels, 'precision'),
     'recall': lambda k, labels: ClassScore(k, labels, 'recall'),
     'f1': lambda k, labels: ClassScore(k, labels, 'f1'),

@@ -4,6 +4,7 @@ The order is log, evaluate, checkpoint, early stop: a checkpoint is judged by an
 anything that a restart would lose: what they must know of the past they read from `metrics.jsonl`.
 """
 
+import math
 from typing import Any, Protocol
 
 import jax
@@ -15,6 +16,8 @@ from research.parallel.hardware import utilisation
 from research.train.checkpoint import Checkpoints
 from research.train.run import Run, shown
 from research.train.state import TrainState
+
+NUMERICAL_FIX = 'lower config.optimizer.learning_rate, set config.optimizer.clip=global_norm, or look at the data'
 
 
 class Hook(Protocol):
@@ -35,13 +38,13 @@ class LogHook:
     def __call__(self, step: int, state: TrainState, terms: Terms) -> None:
         self._terms.append(terms)
         if self.run.is_due(self.run.experiment.log.every, step) or step == self.run.total_steps:
-            self._record(step, jax.device_get(self._terms))
+            loss = self._record(step, jax.device_get(self._terms))
             self._terms = []
-            self._check_skips(state)
+            self._check_numbers(step, state, loss)
         self.run.reporter.advance(step)
 
-    def _record(self, step: int, fetched: list[Terms]) -> None:
-        """Writes the means over the steps since the last record, the pace and the learning rate."""
+    def _record(self, step: int, fetched: list[Terms]) -> float:
+        """Writes the means over the steps since the last record, the pace and the learning rate; returns the loss."""
         sums = {name: np.sum([np.asarray(t[name], np.float64) for t in fetched], axis=0) for name in fetched[0]}
         values = {name: float(total / weight) if weight else float('nan') for name, (total, weight) in sums.items()}
         seconds = self.run.clock.snapshot().get('train', 0.0) - self._seconds
@@ -52,6 +55,7 @@ class LogHook:
         mfu = 'unknown' if pace['mfu'] is None else f'{100 * pace["mfu"]:.1f}%'
         losses = shown({k: values[k] for k in ('loss', 'accuracy') if k in values})
         self.run.reporter.figures(f'{losses}  {pace["examples_per_second"]:,.0f} examples/s  MFU {mfu}')
+        return values['loss']
 
     def _pace(self, steps: int, seconds: float) -> dict[str, Any]:
         facts, mesh = self.run.facts, self.run.mesh
@@ -61,12 +65,14 @@ class LogHook:
             mfu = utilisation(facts.step_flops * rate, list(mesh.devices.flat), self.run.experiment.train.precision)
         return {'examples_per_second': rate * facts.batch_size, 'mfu': mfu}
 
-    def _check_skips(self, state: TrainState) -> None:
-        limit = self.run.experiment.train.max_skips
-        if 'skips' in state.extra and (skips := int(state.extra['skips']['in_a_row'])) >= limit:
+    def _check_numbers(self, step: int, state: TrainState, loss: float) -> None:
+        """Ends a run that cannot come to anything: too many skipped steps in a row, or, without the guard, a bad loss."""
+        skips = int(state.extra['skips']['in_a_row']) if 'skips' in state.extra else None
+        if skips is None and not math.isfinite(loss):
+            raise NumericalError(f'the loss before step {step} is not finite', NUMERICAL_FIX)
+        if skips is not None and skips >= self.run.experiment.train.max_skips:
             raise NumericalError(
-                f'the last {skips} steps up to step {int(state.step)} had a loss or gradient that is not finite',
-                'lower config.optimizer.learning_rate, clip (config.optimizer.clip=global_norm), or look at the data',
+                f'the loss or gradient of the last {skips} steps before step {step} is not finite', NUMERICAL_FIX
             )
 
 
@@ -90,12 +96,14 @@ class CheckpointHook:
 
     def __call__(self, step: int, state: TrainState, terms: Terms) -> None:
         settings = self.run.experiment.checkpoint
-        if self.best is not None and settings.best is not None:
-            values = history(self.run, settings.best)
-            if values and values[-1][0] == step and best_step(values, settings.best_mode) == step:
-                self.save(self.best, step, state)
+        if self.best is not None and self._is_best(step):
+            self.save(self.best, step, state)
         if self.run.is_due(settings.every, step):
             self.save(self.checkpoints, step, state)
+
+    def _is_best(self, step: int) -> bool:
+        metric, mode = self.run.experiment.checkpoint.best, self.run.experiment.checkpoint.best_mode
+        return metric is not None and self.run.is_evaluated(metric, step) and best_step(history(self.run, metric), mode) == step
 
     def save(self, checkpoints: Checkpoints, step: int, state: TrainState) -> None:
         """Saves now; the disk is written in the background."""
@@ -116,7 +124,7 @@ class EarlyStopHook:
 
     def __call__(self, step: int, state: TrainState, terms: Terms) -> None:
         settings = self.run.experiment.train.early_stop
-        if settings.metric and self.run.results.get(settings.metric.split('/')[0], (None,))[0] == step:
+        if settings.metric and self.run.is_evaluated(settings.metric, step):
             self.check()
 
     def check(self) -> None:

@@ -55,6 +55,10 @@ class Run:
         period = every.to_steps(self.facts)
         return period > 0 and step % period == 0
 
+    def is_evaluated(self, metric: str, step: int) -> bool:
+        """Whether 'split/name' was measured after exactly `step` steps by this process."""
+        return self.results.get(metric.split('/')[0], (None,))[0] == step
+
     def evaluate(self, split: str, step: int, state: TrainState) -> dict[str, Any]:
         """The results of a split after `step` steps; computed and recorded once a step."""
         if self.results.get(split, (None,))[0] != step:
