@@ -203,13 +203,15 @@ def test_the_rules_of_the_configuration_page_fit_the_digits_cnn(mesh):
     from research.data.build import build_splits
     from research.train import build
 
-    found = re.findall(r'^config\.(\w+\.\w+_?rules) = (.*)$', (ROOT / 'docs' / 'configuration.md').read_text(), re.MULTILINE)
+    found = re.findall(
+        r'^config\.(\w+\.(?:\w+_)?rules) = (.*)$', (ROOT / 'docs' / 'configuration.md').read_text(), re.MULTILINE
+    )
     assert {key for key, _ in found} == {'optimizer.rate_rules', 'optimizer.decay_rules', 'parallel.rules'}
     for key, text in found:
         overrides = [f'{key}={text}', 'optimizer=adamw', 'optimizer.weight_decay=0.05']
         experiment = config_file.resolve('configs/digits_cnn.py', overrides)
         _, spec = build_splits(experiment.data)
-        parts = build.make_parts(experiment, build.make_task(experiment, spec), spec, mesh, lambda step: 1.0)
+        parts = build.make_parts(experiment, build.make_task(experiment, spec), spec, mesh, lambda step: jax.numpy.ones(()))
         split = [leaf for leaf in jax.tree.leaves(parts.abstract) if not leaf.sharding.is_fully_replicated]
         assert len(split) == (3 if key == 'parallel.rules' else 0)  # the kernel and Adam's two moments of it
 
