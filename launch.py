@@ -3,8 +3,7 @@
 python launch.py --config=configs/NAME.py[:argument=value,...] [--config.section.key=value ...] [--workdir=DIR] [--mode=MODE]
 
 Modes: train (default), evaluate (of the run in --workdir), show (the resolved config with every field's meaning), doctor (is
-this machine ready?). The same command resumes a run. Exit codes: 0 done, 2 usage, 74 storage, 75 stopped and resumable, 76
-numerical failure.
+this machine ready?). The same command resumes. Exit codes: 0 done, 2 usage, 74 storage, 75 stopped, 76 numbers, 77 permission.
 """
 
 import pathlib
@@ -23,6 +22,7 @@ flags.DEFINE_string('config', None, 'Config file, configs/NAME.py[:argument=valu
 flags.DEFINE_string('workdir', None, 'Run directory; default runs/NAME, with a hash where the config is overridden.', FLAGS)
 flags.DEFINE_enum('mode', 'train', MODES, 'What to do.', FLAGS)
 flags.DEFINE_bool('allow_config_change', False, 'Resume a run although its config changed in a way that matters.', FLAGS)
+flags.DEFINE_bool('trust_run', False, 'Evaluate a run whose record names components of your own.', FLAGS)
 flags.DEFINE_bool('debug', False, 'Show the whole traceback of an error.', FLAGS)
 flags.DEFINE_bool('help', False, 'Show this help; --mode=show lists every config field.', FLAGS)
 
@@ -74,7 +74,7 @@ def dispatch(overrides: list[str]) -> None:
     if FLAGS.mode == 'evaluate' and FLAGS.workdir is not None:
         from research.train import evaluate_run
 
-        return evaluate_run.report(pathlib.Path(FLAGS.workdir), overrides)
+        return evaluate_run.report(pathlib.Path(FLAGS.workdir), overrides, FLAGS.trust_run)
     experiment = load(overrides)
     if FLAGS.mode == 'show':
         from research.core import show

@@ -23,7 +23,7 @@ USERS = [ROOT / name for name in ('README.md', 'CONTRIBUTING.md', 'SECURITY.md')
 PAGES = USERS + [p for p in sorted(ROOT.glob('docs/**/*.md')) if p != GENERATED and '_build' not in p.parts]
 SOURCES = [ROOT / 'launch.py', *sorted((ROOT / 'research').rglob('*.py'))]
 EXECUTED = ['add_a_model', 'add_a_data_set', 'add_a_task', 'configuration']
-ERRORS = ('UsageError', 'StorageError', 'NumericalError', 'StoppedError')
+ERRORS = ('UsageError', 'StorageError', 'NumericalError', 'StoppedError', 'AccessError')
 FEW = {
     'train.duration': '3 steps', 'evaluate.every': '2 steps', 'checkpoint.every': '0 steps', 'log.model_table': 'false',
     'log.tensorboard': 'false', 'parallel.devices': '1',

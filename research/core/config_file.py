@@ -103,7 +103,9 @@ def read(text: str, annotation: str, where: str) -> Any:
         raise UsageError(f'{where}={text} is not a bool', 'use true or false')
     if choices <= {'int', 'float', 'None'}:
         raise UsageError(f'{where}={text} is not {annotation}', f'give a number, for example {where}=1')
-    return (literal,) if choices & {'tuple', 'list'} and isinstance(literal, (str, int, float)) else literal
+    if choices & {'tuple', 'list'} and isinstance(literal, str):
+        return tuple(part.strip() for part in literal.split(','))
+    return (literal,) if choices & {'tuple', 'list'} and isinstance(literal, (int, float)) else literal
 
 
 def _number(text: str) -> float | None:

@@ -21,7 +21,6 @@ class ExitCode(enum.IntEnum):
     STOPPED = 75  # stopped on request; the same command resumes
     NUMERICAL = 76
     PERMISSION = 77
-    WATCHDOG = 124
 
 
 class FulcrumError(Exception):
@@ -42,6 +41,12 @@ class StorageError(FulcrumError):
     """The run directory cannot be read or written."""
 
     exit_code = ExitCode.STORAGE
+
+
+class AccessError(FulcrumError):
+    """The run directory may not be written by this user."""
+
+    exit_code = ExitCode.PERMISSION
 
 
 class StoppedError(FulcrumError):

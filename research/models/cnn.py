@@ -4,7 +4,7 @@ Shape letters: B batch, H height, W width, C channels, K outputs.
 
     size                                        parameters
     CNN() on 32x32x3, 10 outputs                122,570       the CNN of TensorFlow's CIFAR-10 tutorial
-    CNN(padding='SAME', hidden=(128,)) on 28x28x1, 10 outputs     459,498
+    CNN(padding='SAME', hidden=(128,)) on 28x28x1, 10 outputs     458,570
 
 The default on (B, 32, 32, 3): conv 32 -> (B, 30, 30, 32), pool -> (B, 15, 15, 32), conv 64 -> (B, 13, 13, 64), pool ->
 (B, 6, 6, 64), conv 64 -> (B, 4, 4, 64), flatten -> (B, 1024), dense 64 -> (B, 64), dense -> (B, 10).

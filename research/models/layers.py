@@ -29,7 +29,10 @@ def max_pool(x: jax.Array, window: int) -> jax.Array:
     batch, height, width, channels = x.shape
     h, w = height // window, width // window
     if h == 0 or w == 0:
-        raise UsageError(f'an image of {height} x {width} cannot be pooled by {window}', 'pool less often: set model.pool')
+        raise UsageError(
+            f'an image of {height} x {width} cannot be pooled by {window}',
+            "pool less often by model.pool, or set model.padding='SAME'",
+        )
     x = x[:, : h * window, : w * window]
     return jnp.max(x.reshape(batch, h, window, w, window, channels), axis=(2, 4))  # (B, h, w, C)
 

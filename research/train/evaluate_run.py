@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from research.core import config_file, files, schema
+from research.core import config_file, fields, files, schema
 from research.core.errors import UsageError
 from research.data.build import build_augmentation, build_splits
 from research.parallel import cache
@@ -18,22 +18,24 @@ from research.train.loop import evaluation_feeds
 from research.train.run_directory import RunDirectory
 
 
-def report(workdir: pathlib.Path, overrides: list[str]) -> None:
+def report(workdir: pathlib.Path, overrides: list[str], trust: bool) -> None:
     """Prints the results as JSON and writes them to `evaluation.json` in the run directory."""
-    results = evaluate_run(workdir, overrides)
+    results = evaluate_run(workdir, overrides, trust)
     files.write_json(workdir / 'evaluation.json', results)
     print(json.dumps(files.finite(results), indent=2))
 
 
-def evaluate_run(workdir: pathlib.Path, overrides: list[str]) -> dict[str, Any]:
+def evaluate_run(workdir: pathlib.Path, overrides: list[str], trust: bool = False) -> dict[str, Any]:
     """Results on the splits `config.evaluate.final` of each kept state: 'newest' and, where it was kept, 'best'.
 
     Args:
       workdir: the run directory.
       overrides: 'key=value' changes of the recorded config, such as 'evaluate.final=test'.
+      trust: build components that the recorded config names as `package.module:Thing`. A run directory may come from
+        anyone, and such a name can call any function, so it is refused by default.
 
     Raises:
-      UsageError: there is no run, or no checkpoint, in `workdir`.
+      UsageError: there is no run, or no checkpoint, in `workdir`; or it names components that are not trusted.
     """
     cache.enable()
     directory = RunDirectory(workdir)
@@ -41,6 +43,10 @@ def evaluate_run(workdir: pathlib.Path, overrides: list[str]) -> dict[str, Any]:
     if run is None or not directory.checkpoints.is_dir():
         raise UsageError(f'{workdir} holds no run', 'give the --workdir of a run that saved a checkpoint')
     config = run['config']
+    foreign = sorted(str(v) for k, v in fields.flat(config).items() if k.split('.')[-1] == 'name' and ':' in str(v))
+    foreign += sorted(str(c['name']) for key in ('augment', 'preprocess') for c in config['data'][key] if ':' in c['name'])
+    if foreign and not trust:
+        raise UsageError(f'the run in {workdir} names code outside Fulcrum: {foreign[0]}', 'if you trust it, add --trust_run')
     for override in overrides:
         path, _, text = override.partition('=')
         config_file.override(config, path, text)

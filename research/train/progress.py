@@ -60,14 +60,12 @@ class Reporter:
         self._pace.step = step
         if self.is_live:
             self._progress.update(self._bar, completed=step, figures=f'ETA {self._pace.remaining()}  {self._figures}')
-        elif time.monotonic() - self._last_line >= self._plain_every:
+        elif time.monotonic() - self._last_line >= self._plain_every or step == self._pace.total:
             self._line()
 
     def figures(self, text: str) -> None:
-        """The newest measurements: loss, examples/s, MFU."""
+        """The newest measurements: loss, examples/s, MFU. Shown with the next step."""
         self._figures = text
-        if not self.is_live and self._pace.step == self._pace.total:
-            self._line()
 
     def _line(self) -> None:
         self._last_line = time.monotonic()

@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from research.core import files, schema
-from research.core.errors import StorageError, UsageError
+from research.core.errors import AccessError, StorageError, UsageError
 from research.core.schema import Experiment
 
 
@@ -33,6 +33,7 @@ class RunDirectory:
         """Makes the folder.
 
         Raises:
+          AccessError: the user may not write there.
           StorageError: it cannot be made or written.
         """
         try:
@@ -40,6 +41,8 @@ class RunDirectory:
             probe = self.path / '.writable'
             probe.touch()
             probe.unlink()
+        except PermissionError as error:
+            raise AccessError(f'you may not write to the run directory {self.path}', 'give another --workdir') from error
         except OSError as error:
             raise StorageError(
                 f'the run directory {self.path} cannot be written: {error.strerror}', 'give another --workdir'

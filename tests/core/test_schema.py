@@ -35,6 +35,7 @@ def test_every_field_has_a_default_a_type_and_a_meaning():
         ('price_per_device_hour', '1.5', 1.5),
         ('evaluate.final', "('test',)", ('test',)),
         ('evaluate.final', 'test', ('test',)),
+        ('evaluate.final', 'validation, test', ('validation', 'test')),
         ('optimizer.rate_rules', "(('Dense.*', 0.1), ('.*', None))", (('Dense.*', 0.1), ('.*', None))),
         ('optimizer.clip', 'global_norm(max_norm=2.0)', Component('clip', 'global_norm', {'max_norm': 2.0})),
         ('data.augment', 'flip', (Component('augmentation', 'flip', {}),)),

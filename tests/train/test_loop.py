@@ -206,6 +206,21 @@ def test_any_run_can_be_evaluated_again(run):
         evaluate_run(path / 'nothing', [])
 
 
+def test_a_run_of_a_stranger_runs_no_code(run, tmp_path):
+    _, _, path = run('train.duration=1 step')
+    record = json.loads((path / 'run.json').read_text())
+    for key, value in (
+        ('source', {'name': 'subprocess:call', 'args': ['touch', str(tmp_path / 'harm')]}),
+        ('augment', [{'name': 'os:system'}]),
+    ):
+        changed = json.loads(json.dumps(record))
+        changed['config']['data'][key] = value
+        (path / 'run.json').write_text(json.dumps(changed))
+        with pytest.raises(UsageError, match='names code outside Fulcrum'):
+            evaluate_run(path, [])
+    assert not (tmp_path / 'harm').exists()
+
+
 def test_regression_of_the_digit(run):
     summary, _, _ = run(
         'task=regress(inputs="image")', 'train.duration=60 epochs', 'optimizer.learning_rate=0.003', 'log.every=50 steps',

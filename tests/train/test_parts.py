@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import sklearn.metrics
 
+from research.core.errors import AccessError, StorageError
 from research.data.augment import chain, normalise
 from research.data.build import build_splits
 from research.data.pipeline import HostFeed
@@ -81,6 +82,20 @@ def test_records_after_a_step_are_dropped(tmp_path):
             writer.write(step, 'train', step, {'loss': 1.0})
     directory.keep_metrics_until(3)
     assert [r['step'] for r in directory.read_metrics()] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ('refusal', 'error'),
+    [(PermissionError(13, 'Permission denied'), AccessError), (OSError(28, 'No space left on device'), StorageError)],
+)
+def test_a_folder_that_refuses_has_its_exit_code(tmp_path, monkeypatch, refusal, error):
+    def refuse(*arguments, **options):
+        raise refusal
+
+    monkeypatch.setattr('pathlib.Path.touch', refuse)
+    with pytest.raises(error) as raised:
+        RunDirectory(tmp_path / 'run').create()
+    assert raised.value.exit_code == {AccessError: 77, StorageError: 74}[error]
 
 
 def test_plain_lines_come_every_few_seconds_and_name_the_phase(monkeypatch):

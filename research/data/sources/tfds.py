@@ -224,9 +224,13 @@ def _is_class(feature: Any) -> bool:
 def _builder(dataset: str, data_dir: str | None) -> Any:
     """The TFDS builder of a name; it reads no data and uses no network."""
     import tensorflow_datasets as tfds
-    from tensorflow_datasets.core import registered
+    from tensorflow_datasets.core import naming, registered
 
     try:
+        if naming.parse_builder_name_kwargs(dataset)[0].namespace:
+            raise UsageError(
+                f'TFDS community data set {dataset!r} would run code from elsewhere', "use a data set of TFDS's own, or a file"
+            )
         return tfds.builder(dataset, data_dir=None if data_dir is None else os.path.expanduser(data_dir))
     except registered.DatasetNotFoundError as error:
         word = dataset.partition('/')[0].partition(':')[0]

@@ -365,3 +365,8 @@ def test_only_one_process_prepares_at_a_time(tmp_path):
         assert not entered.wait(0.2)
     assert entered.wait(5)
     thread.join(5)
+
+
+def test_a_community_data_set_is_refused():
+    with pytest.raises(UsageError, match='would run code from elsewhere'):
+        tfds(dataset='huggingface:some/thing')
