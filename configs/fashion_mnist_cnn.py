@@ -1,8 +1,11 @@
-"""Fashion-MNIST with the CNN of the reference program, by the tutorial's recipe and by a better one, five epochs each.
+"""Fashion-MNIST with the CNN of the reference program, by a recipe of ours and by the tutorial's, five epochs each.
 
-python launch.py --config=configs/fashion_mnist_cnn.py                         # downloads through TFDS once
-python launch.py --config=configs/fashion_mnist_cnn.py --config.data.source.dir=/usr/share/datasets/fashion-mnist
-python launch.py --config=configs/fashion_mnist_cnn.py:recipe=reference
+    python launch.py --config=configs/fashion_mnist_cnn.py                         # downloads through TFDS once
+    python launch.py --config=configs/fashion_mnist_cnn.py --config.data.source.dir=/usr/share/datasets/fashion-mnist
+    python launch.py --config=configs/fashion_mnist_cnn.py:recipe=reference
+
+Test accuracy 91.37 % with standard deviation 0.19 (n = 5 seeds); recipe=reference 90.22 %, standard deviation 0.35 (n = 5):
+`python -m bench.accuracy --config=configs/fashion_mnist_cnn.py --seeds=5`; conditions in BENCHMARKS.md.
 """
 
 from research.core.schema import default_config
