@@ -6,14 +6,18 @@ Modes: train (default), evaluate (of the run in --workdir), show (the resolved c
 this machine ready?). The same command resumes. Exit codes: 0 done, 2 usage, 74 storage, 75 stopped, 76 numbers, 77 permission.
 """
 
+import os
 import pathlib
 import sys
 import traceback
 
-from absl import flags
+try:
+    from absl import flags
+except ImportError:
+    sys.exit('error: this Python has no absl\n  fix: pip install -r requirements/cpu.txt, or activate its environment')
 
 from research.core import config_file, schema
-from research.core.errors import ExitCode, FulcrumError, UsageError, nearest
+from research.core.errors import ExitCode, FulcrumError, UsageError
 
 MODES = ('train', 'evaluate', 'show', 'doctor')
 
@@ -30,6 +34,9 @@ flags.DEFINE_bool('help', False, 'Show this help; --mode=show lists every config
 def parse(argv: list[str]) -> list[str]:
     """Parses the flags; returns the overrides 'key=value' of --config.key=value."""
     overrides = [a.lstrip('-').removeprefix('config.') for a in argv[1:] if a.startswith(('--config.', '-config.'))]
+    for override in overrides:
+        if '=' not in override:
+            raise UsageError(f'--config.{override} has no value', f'write --config.{override}=VALUE')
     try:
         rest = FLAGS([a for a in argv if not a.startswith(('--config.', '-config.'))])
     except flags.Error as error:
@@ -37,41 +44,36 @@ def parse(argv: list[str]) -> list[str]:
     if len(rest) > 1:
         dashed = f'did you mean --{rest[1]}?' if '=' in rest[1] else f'flags are --NAME=VALUE: {", ".join(sorted(FLAGS))}'
         raise UsageError(f'unexpected argument {rest[1]!r}', dashed)
-    for override in overrides:
-        if '=' not in override:
-            raise UsageError(f'--config.{override} has no value', f'write --config.{override}=VALUE')
     return overrides
 
 
 def _flag_hint(argv: list[str]) -> str:
     words = [a.lstrip('-').split('=')[0] for a in argv[1:] if a.startswith('--')]
     unknown = next((w for w in words if w not in FLAGS and not w.startswith('config.')), None)
-    return nearest(unknown, [f for f in FLAGS if f != '?']) if unknown else f'--mode is one of {", ".join(MODES)}'
+    return f'--mode is one of {", ".join(MODES)}' if unknown is None else config_file.flag_hint(unknown, FLAGS)
 
 
 def load(overrides: list[str]) -> schema.Experiment:
     """The experiment of --config and its overrides."""
     if FLAGS.config is None:
-        raise UsageError('--config is missing', f'for example --config=configs/digits_cnn.py; {_known_configs()}')
+        raise UsageError('--config is missing', f'for example --config=configs/digits_cnn.py; {config_file.known_configs()}')
     paths = [override.partition('=')[0] for override in overrides]
     for path in sorted({path for path in paths if paths.count(path) > 1}):
         print(f'warning: --config.{path} is given twice; the last counts', file=sys.stderr)
     return config_file.resolve(FLAGS.config, overrides)
 
 
-def _known_configs() -> str:
-    return 'known: ' + ', '.join(str(p) for p in sorted(pathlib.Path('configs').glob('*.py')) if p.stem != '__init__')
-
-
 def dispatch(overrides: list[str]) -> None:
     """Runs the chosen mode. jax is imported only after the config was found to be right."""
     if FLAGS.help:
-        return print(f'{__doc__}\nFlags:\n{FLAGS.get_help()}\n{_known_configs()}')
+        return print(f'{__doc__}\nFlags:\n{FLAGS.get_help()}\n{config_file.known_configs()}')
     if FLAGS.mode == 'doctor':
         from research.train import doctor
 
         return doctor.report(pathlib.Path(FLAGS.workdir or 'runs'))
-    if FLAGS.mode == 'evaluate' and FLAGS.workdir is not None:
+    if FLAGS.mode == 'evaluate' and FLAGS.workdir is None:
+        raise UsageError('--workdir is missing', 'for example --workdir=runs/digits_cnn')
+    if FLAGS.mode == 'evaluate':
         from research.train import evaluate_run
 
         return evaluate_run.report(pathlib.Path(FLAGS.workdir), overrides, FLAGS.trust_run)
@@ -80,10 +82,7 @@ def dispatch(overrides: list[str]) -> None:
         from research.core import show
 
         return show.report(experiment)
-    default = config_file.default_workdir(FLAGS.config, experiment)
-    if FLAGS.mode == 'evaluate':
-        raise UsageError('--workdir is missing', f'for example --workdir={default}')
-    return train(experiment, pathlib.Path(FLAGS.workdir or default), overrides)
+    return train(experiment, pathlib.Path(FLAGS.workdir or config_file.default_workdir(FLAGS.config, experiment)), overrides)
 
 
 def train(experiment: schema.Experiment, workdir: pathlib.Path, overrides: list[str]) -> None:
@@ -105,11 +104,14 @@ def main(argv: list[str]) -> int:
     """Runs the command; returns its exit code. A failure that is expected is told in at most three lines."""
     try:
         dispatch(parse(argv))
+        sys.stdout.flush()
     except FulcrumError as error:
         if '--debug' in argv:
             traceback.print_exc()
         print(f'error: {error}', file=sys.stderr)
         return int(error.exit_code)
+    except BrokenPipeError:  # the reader of our output (head, less) has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print('error: ended at once; the same command goes on from the last checkpoint', file=sys.stderr)
         return int(ExitCode.STOPPED)
@@ -117,4 +119,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == '__main__':
+    sys.stdout.reconfigure(errors='replace')  # type: ignore[union-attr] - a terminal without UTF-8 must not end a run
     sys.exit(main(sys.argv))

@@ -164,7 +164,7 @@ BROKEN = {
     'misspelt key': (
         'from research.core.schema import default_config\n\ndef get_config():\n    c = default_config()\n'
         '    c.trian.duration = "1 epoch"\n    return c\n',
-        'bad.py:5: AttributeError',
+        "bad.py:5: the config has no key 'trian'",
     ),
     'invented key': (
         'from research.core.schema import default_config\n\ndef get_config():\n    c = default_config()\n'

@@ -14,8 +14,9 @@ import importlib.util
 import inspect
 import json
 import pathlib
+import re
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from research.core import fields, files, registry, schema
@@ -34,12 +35,26 @@ def load(text: str) -> dict[str, Any]:
     path, _, arguments = text.partition('.py:')
     path = pathlib.Path(path if path.endswith('.py') else path + '.py')
     if not path.is_file():
-        known = [str(p) for p in sorted((path.parent if path.parent.is_dir() else pathlib.Path('configs')).glob('*.py'))]
-        raise UsageError(f'there is no config file {str(path)!r}', nearest(str(path), known))
+        folders = [folder for folder in (path.parent, pathlib.Path('configs')) if folder.is_dir()]
+        known = [str(p) for folder in folders for p in folder.glob('*.py') if p.stem != '__init__' and 'configs' in p.parts]
+        known = [p for p in known if pathlib.Path(p).stem == path.stem] or known
+        fix = nearest(str(path), known) if known else f'there are no configs in {pathlib.Path.cwd()}; go to where they are'
+        raise UsageError(f'there is no config file {str(path)!r}', fix)
     get_config = _import(path)
     config = registry.plain(_call(path, get_config, _arguments(get_config, arguments)))
     config['name'] = config.get('name') or path.stem
     return config
+
+
+def known_configs() -> str:
+    """'known: configs/a.py, configs/b.py', for messages."""
+    return 'known: ' + ', '.join(str(p) for p in sorted(pathlib.Path('configs').glob('*.py')) if p.stem != '__init__')
+
+
+def flag_hint(word: str, flags: Iterable[str]) -> str:
+    """What the unknown flag --WORD may have meant: a config key of that name, or a flag that is near."""
+    keys = [path for path, _ in fields.walk(Experiment) if path.split('.')[-1] == word]
+    return f'did you mean --config.{keys[0]}?' if keys else nearest(word, [flag for flag in flags if flag != '?'])
 
 
 def resolve(text: str, overrides: Sequence[str] = ()) -> Experiment:
@@ -218,6 +233,9 @@ def _guarded(path: pathlib.Path, function: Any) -> Any:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if pathlib.Path(f.filename) == path.resolve()]
         frames = frames or [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
         line = f':{frames[-1].lineno}' if frames else f':{error.lineno}' if isinstance(error, SyntaxError) else ''
-        shown = str(error).split('\n')
-        hint = next((part for part in shown if part.startswith('Did you mean')), '')
-        raise UsageError(f'{path}{line}: {type(error).__name__}: {shown[0][:120]}', hint or 'correct that line') from error
+        unknown = re.match(r'\W*Key "(\w+)" does not exist', str(error))
+        if unknown:
+            known = {word for key, _ in fields.walk(Experiment) for word in key.split('.')}
+            raise UsageError(f'{path}{line}: the config has no key {unknown[1]!r}', nearest(unknown[1], known)) from error
+        reason = str(error).split('\n')[0][:120]
+        raise UsageError(f'{path}{line}: {type(error).__name__}: {reason}', 'correct that line') from error

@@ -41,13 +41,16 @@ class Duration:
         A positive duration is at least one step; zero stays zero.
 
         Raises:
-          UsageError: the unit needs a fact that this run does not have, or the amount is not a whole number of steps.
+          UsageError: the unit needs a fact that this run does not have, or the FLOPs do not pay for one step.
         """
         if self.unit == 'steps':
             return int(self.amount)
         exact = self.amount * self._unit_steps(facts)
-        whole = math.floor(exact + 1e-9) if self.unit == 'flops' else math.ceil(exact - 1e-9)
-        return max(whole, 1) if self.amount > 0 else 0
+        if self.unit == 'flops' and 0 < exact < 1:
+            raise UsageError(
+                f"'{self}' is less than one step of {facts.step_flops:.3g} FLOPs", 'raise it, or make the batch smaller'
+            )
+        return math.floor(exact + 1e-9) if self.unit == 'flops' else math.ceil(exact - 1e-9)
 
     def _unit_steps(self, facts: Facts) -> float:
         """Steps in one unit."""

@@ -141,7 +141,9 @@ def address(kind: str, name: str) -> str:
     if ':' in str(name):
         return name
     if name not in TABLES[kind]:
-        raise UsageError(f'{kind} {name!r} does not exist', nearest(str(name), TABLES[kind]) + ' (or package.module:Thing)')
+        module, _, thing = str(name).rpartition('.')
+        own = f'{module}:{thing}' if module else 'package.module:Thing'
+        raise UsageError(f'{kind} {name!r} does not exist', nearest(str(name), TABLES[kind]) + f'; or your own, as {own}')
     return TABLES[kind][name]
 
 
@@ -208,6 +210,8 @@ def signature(kind: str, name: str) -> dict[str, Parameter] | None:
         found = _function_parameters(node)
     else:
         found = _class_parameters(node, definitions)
+    if kind == 'model' and found is not None and 'num_outputs' not in found:
+        raise UsageError(f'{kind} {name!r} has no field num_outputs', 'declare num_outputs: int, the size of its last layer')
     return None if found is None else {k: p for k, p in found.items() if k not in supplied}
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from research.core import fields
+from research.core import durations, fields
 from research.core.durations import Duration
 from research.core.errors import UsageError
 from research.core.fields import value
@@ -99,7 +99,9 @@ class EarlyStop:
     """When to stop before the end."""
 
     metric: str | None = value(None, "stop when this stops improving, e.g. 'validation/loss'; None: never")
-    mode: str = value('min', "whether less ('min') or more ('max') is better", choices=('min', 'max'))
+    mode: str | None = value(
+        None, "whether less ('min') or more ('max') is better; None: as the metric's name says", choices=('min', 'max')
+    )
     patience: int = value(5, 'evaluations without improvement that are borne', unit='evaluations', low=1)
     margin: float = value(0.0, 'improvement that counts as one', low=0.0)
 
@@ -123,7 +125,7 @@ class Train:
 class Evaluate:
     """When and on what the model is evaluated."""
 
-    every: Duration = value('1 epoch', "period of the evaluations; '0 steps': only at the end", resumable=True)
+    every: Duration = value('10%', "period of the evaluations; '0 steps': only at the end", resumable=True)
     splits: tuple[str, ...] = value(('validation',), 'splits of the periodic evaluations', resumable=True)
     final: tuple[str, ...] = value(('validation', 'test'), 'splits evaluated at the end', resumable=True)
 
@@ -132,10 +134,12 @@ class Evaluate:
 class Checkpoint:
     """What is kept of a run."""
 
-    every: Duration = value('1 epoch', "period of the checkpoints; '0 steps': only at the end", resumable=True)
+    every: Duration = value('10%', "period of the checkpoints; '0 steps': only at the end", resumable=True)
     keep: int = value(2, 'newest checkpoints kept', low=1, resumable=True)
     best: str | None = value(None, "keep the best state too, judged by this, e.g. 'validation/accuracy'", resumable=True)
-    best_mode: str = value('max', "whether more ('max') or less ('min') is better", choices=('min', 'max'), resumable=True)
+    best_mode: str | None = value(
+        None, "whether more ('max') or less ('min') is better; None: as its name says", choices=('min', 'max'), resumable=True
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,9 +227,13 @@ def differences(old: Experiment, new: Experiment) -> list[Change]:
 
 def parse_budget(text: str) -> Duration:
     """A data budget, '5%' or '1000 examples', as an amount with its unit."""
-    budget = fields.duration(text, 'config.data.budget')
+    fix = "write a share such as '5%' or a count such as '1000 examples'"
+    try:
+        budget = durations.parse(text)
+    except UsageError as error:
+        raise UsageError(f'config.data.budget is {text!r}', fix) from error
     if budget.unit not in ('%', 'examples') or budget.amount <= 0 or (budget.unit == '%' and budget.amount > 100):
-        raise UsageError(f'config.data.budget is {text!r}', "write a share such as '5%' or a count such as '1000 examples'")
+        raise UsageError(f'config.data.budget is {text!r}', fix)
     return budget
 
 

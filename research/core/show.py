@@ -1,8 +1,9 @@
 """`--mode=show`: the resolved config, every field with its type, unit and meaning."""
 
 from collections.abc import Iterator
+from typing import Any
 
-from research.core import fields
+from research.core import fields, registry
 from research.core.schema import Experiment
 
 
@@ -20,10 +21,24 @@ def describe(experiment: Experiment) -> Iterator[str]:
         for p, value in own.items():
             yield f'config.{p} = {value!r}'
         yield f'    {explain(field)}'
+        if 'kind' in field.metadata and 'many' not in field.metadata and f'{path}.name' in own:
+            yield from _defaults(path, field.metadata['kind'], own)
+        if 'component' in field.metadata:
+            yield from _defaults(path.removesuffix('.name'), field.metadata['component'], values)
     others = [p for p in values if not any(p == d or p.startswith(d + '.') for d in declared)]
     for p in others:
         yield f'config.{p} = {values[p]!r}'
         yield '    argument of the component'
+
+
+def _defaults(path: str, kind: str, values: dict[str, Any]) -> Iterator[str]:
+    """The arguments of a component that the config leaves as they are."""
+    parameters = registry.signature(kind, values[f'{path}.name']) or {}
+    for name, parameter in parameters.items():
+        if f'{path}.{name}' not in values and not any(key.startswith(f'{path}.{name}.') for key in values):
+            default = '...' if parameter.default is registry.OPAQUE else repr(parameter.default)
+            yield f'config.{path}.{name} = {default}'
+            yield f'    {parameter.annotation}; default of the {kind}'
 
 
 def explain(field: fields.Field) -> str:

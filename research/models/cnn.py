@@ -49,6 +49,8 @@ class CNN(nn.Module):
             raise UsageError(
                 f'model.features={self.features} and model.pool={self.pool} differ in length', 'give one pool size a layer'
             )
+        if inputs.ndim != 4:
+            raise UsageError(f"model 'cnn' reads images (B, H, W, C), not {inputs.shape}", 'use model=mlp for tables')
         act, x = layers.activation(self.activation), inputs
         for features, pool in zip(self.features, self.pool, strict=True):
             if self.padding == 'VALID' and min(x.shape[1:3]) < self.kernel:

@@ -41,9 +41,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def check_divisible(mesh: Mesh, size: int, where: str) -> None:
-    """Refuses a batch size that the devices cannot share equally."""
-    if size % mesh.size:
-        below = size // mesh.size * mesh.size
-        better = f'{below} or {below + mesh.size}' if below else str(mesh.size)
-        raise UsageError(f'{where}={size} cannot be shared by {mesh.size} devices', f'use {better}')
+def check_divisible(mesh: Mesh, batch_size: int, microbatches: int) -> None:
+    """Refuses a batch whose microbatches the devices cannot share equally."""
+    unit = mesh.size * microbatches
+    if batch_size % unit:
+        below = batch_size // unit * unit
+        parts = f'{mesh.size} devices' + (f' in {microbatches} microbatches' if microbatches > 1 else '')
+        fix = f'use config.data.batch_size={f"{below} or {below + unit}" if below else unit}'
+        raise UsageError(f'config.data.batch_size={batch_size} cannot be shared by {parts}', fix)

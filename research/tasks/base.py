@@ -113,6 +113,11 @@ class Supervised:
         outputs, changed = self.module.apply(
             cast_variables, self._module_inputs(batch), train=train, rngs=rngs, mutable=list(state) if train else []
         )
+        if outputs.shape[1:] != (self.num_outputs,):
+            raise UsageError(
+                f'the model gives outputs of shape {outputs.shape}, not (batch, {self.num_outputs})',
+                'flatten or pool its last layer, and let it have num_outputs units',
+            )
         return jnp.asarray(outputs, jnp.float32), {**state, **changed}
 
     def loss(self, variables: Variables, batch: Batch, rngs: Keys | None, train: bool) -> tuple[Terms, dict[str, Any]]:

@@ -49,6 +49,9 @@ class Regress(Supervised):
         shape, _ = self.data.examples[self.labels]
         if len(shape) > 1 or 0 in shape:
             raise UsageError(f'{self.labels!r} of one example has shape {shape}', 'task regress takes a number or a vector')
+        if any(not _is_number(name) for name in self.data.class_names or ()):
+            named = ', '.join((self.data.class_names or ())[:3])
+            raise UsageError(f'{self.labels!r} holds classes ({named}), not numbers', 'use task=classify')
         if self.loss_function not in REGRESSION_LOSSES:
             raise UsageError(
                 f'loss_function {self.loss_function!r} does not exist', nearest(self.loss_function, REGRESSION_LOSSES)
@@ -70,3 +73,11 @@ class Regress(Supervised):
             error = functools.partial(error, delta=self.huber_delta)
         errors = error(unmasked(outputs, batch['mask']), targets(batch, self.labels))  # (B, K)
         return {'loss': weighted(jnp.mean(errors, axis=-1), batch['mask'])}
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

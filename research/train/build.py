@@ -105,7 +105,7 @@ class Parts:
 def make_parts(experiment: Experiment, task: Task, spec: DataSpec, mesh: Mesh, rate: Callable[[Any], jax.Array]) -> Parts:
     """The abstract state, its initialiser and the step of an experiment."""
     size = experiment.data.batch_size
-    meshes.check_divisible(mesh, size // experiment.train.accumulate, 'config.data.batch_size / config.train.accumulate')
+    meshes.check_divisible(mesh, size, experiment.train.accumulate)
     batch = abstract_batch(spec, size, meshes.batch_sharding(mesh))
     seen = preprocessed(experiment, batch)
     optimizer_of = functools.partial(make_optimizer, experiment.optimizer, rate)

@@ -44,6 +44,13 @@ class Evaluator:
         assert states is not None
         return {'loss': float(loss[0] / loss[1]) if loss[1] else float('nan'), **summarise(self.task.metrics, states)}
 
+    def names(self, variables: Any, batch: Any) -> list[str]:
+        """The single numbers that an evaluation of (abstract) variables on such batches gives, without evaluating."""
+        _, shapes = jax.eval_shape(self._batch_states, variables, batch)
+        empty = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
+        results = summarise(self.task.metrics, empty)
+        return ['loss', *(name for name, result in results.items() if isinstance(result, float))]
+
     def _merge(self, loss: np.ndarray, states: Any, found: Any) -> tuple[np.ndarray, Any]:
         """Adds one batch to what is known so far, in float64."""
         term, new = found

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from research.core.errors import NumericalError
+from research.core.errors import NumericalError, UsageError, nearest
+from research.core.schema import Experiment
 from research.core.terms import Terms
 from research.parallel.hardware import utilisation
 from research.train.checkpoint import Checkpoints
@@ -54,7 +55,7 @@ class LogHook:
         self.run.writer.write(step, 'train', self.run.clock.total(), values)
         mfu = 'unknown' if pace['mfu'] is None else f'{100 * pace["mfu"]:.1f}%'
         losses = shown({k: values[k] for k in ('loss', 'accuracy') if k in values})
-        self.run.reporter.figures(f'{losses}  {pace["examples_per_second"]:,.0f} examples/s  MFU {mfu}')
+        self.run.reporter.figures(losses, f'{pace["examples_per_second"]:,.0f} examples/s', f'MFU {mfu}')
         return values['loss']
 
     def _pace(self, steps: int, seconds: float) -> dict[str, Any]:
@@ -103,7 +104,9 @@ class CheckpointHook:
 
     def _is_best(self, step: int) -> bool:
         metric, mode = self.run.experiment.checkpoint.best, self.run.experiment.checkpoint.best_mode
-        return metric is not None and self.run.is_evaluated(metric, step) and best_step(history(self.run, metric), mode) == step
+        if metric is None or not self.run.is_evaluated(metric, step):
+            return False
+        return best_step(history(self.run, metric), mode or direction(metric)) == step
 
     def save(self, checkpoints: Checkpoints, step: int, state: TrainState) -> None:
         """Saves now; the disk is written in the background."""
@@ -132,9 +135,36 @@ class EarlyStopHook:
         settings = self.run.experiment.train.early_stop
         if not settings.metric:
             return
-        waited = evaluations_since_best([v for _, v in history(self.run, settings.metric)], settings.mode, settings.margin)
+        mode = settings.mode or direction(settings.metric)
+        waited = evaluations_since_best([v for _, v in history(self.run, settings.metric)], mode, settings.margin)
         if waited >= settings.patience:
-            self.run.stop = f'{settings.metric} has not improved for {waited} evaluations'
+            better = {'min': 'fallen', 'max': 'risen'}[mode]
+            self.run.stop = f'{settings.metric} has not {better} for {waited} evaluations'
+
+
+def check_watched(experiment: Experiment, results: list[str]) -> None:
+    """Refuses, before anything is trained, to watch a metric that will never be measured.
+
+    Args:
+      experiment: watches `train.early_stop.metric` and `checkpoint.best`.
+      results: the single numbers that an evaluation gives, such as 'loss' and 'f1_macro'.
+
+    Raises:
+      UsageError: a metric is not 'split/name' of a periodic evaluation.
+    """
+    known = [f'{split}/{name}' for split in experiment.evaluate.splits for name in results]
+    watched = {'train.early_stop.metric': experiment.train.early_stop.metric, 'checkpoint.best': experiment.checkpoint.best}
+    for key, metric in watched.items():
+        if metric is not None and metric not in known:
+            raise UsageError(f'config.{key}={metric!r} is not measured', nearest(metric, known))
+
+
+LESS_IS_BETTER = ('loss', 'mse', 'mae', 'calibration_error')
+
+
+def direction(metric: str) -> str:
+    """'min' for losses and errors, 'max' for all else, by the name after 'split/'."""
+    return 'min' if metric.partition('/')[2] in LESS_IS_BETTER else 'max'
 
 
 def history(run: Run, metric: str) -> list[tuple[int, float]]:

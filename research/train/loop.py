@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from research.core import files
 from research.core.clock import Clock
@@ -28,7 +29,7 @@ from research.tasks.base import Task
 from research.train import build, flops, start
 from research.train.checkpoint import Checkpoints
 from research.train.evaluate import Evaluator
-from research.train.hooks import CheckpointHook, EarlyStopHook, EvaluateHook, Hook, LogHook
+from research.train.hooks import CheckpointHook, EarlyStopHook, EvaluateHook, Hook, LogHook, check_watched
 from research.train.progress import Reporter
 from research.train.provenance import provenance
 from research.train.run import Run
@@ -60,16 +61,18 @@ def train(
     with StopRequest() as stop, Reporter(experiment.log.plain_every, quiet) as reporter, contextlib.ExitStack() as stack:
         clock = Clock()
         with clock.phase('start'):
+            mesh = meshes.make_mesh(experiment.parallel.devices)  # first: it says in one line if jax cannot start
             checkpoints = stack.enter_context(Checkpoints(directory.checkpoints, experiment.checkpoint.keep))
             best = stack.enter_context(Checkpoints(directory.best)) if experiment.checkpoint.best else None
             directory.keep_metrics_until(checkpoints.latest() or 0)
             writer = stack.enter_context(Writer(directory, experiment.log.tensorboard))
-            run, parts = _prepare(experiment, directory, reporter, writer, clock, overrides or [], allow_change)
+            run, parts = _prepare(experiment, mesh, directory, reporter, writer, clock, overrides or [], allow_change)
         return _train(run, parts, checkpoints, best, stop)
 
 
 def _prepare(
     experiment: Experiment,
+    mesh: Mesh,
     directory: RunDirectory,
     reporter: Reporter,
     writer: Writer,
@@ -80,7 +83,6 @@ def _prepare(
     """Everything before the first array: data, task, facts, abstract state, run.json."""
     if (warning := cache.enable()) is not None:
         reporter.say(warning)
-    mesh = meshes.make_mesh(experiment.parallel.devices)
     splits, spec = build_splits(experiment.data)
     data_fingerprint = fingerprint(splits['train'])
     start.check_fingerprint(directory, data_fingerprint, allow_change)
@@ -90,13 +92,14 @@ def _prepare(
     parts = build.make_parts(experiment, task, spec, mesh, rate)
     evaluator = Evaluator(task, build_augmentation(experiment.data.preprocess), mesh)
     feeds = evaluation_feeds(experiment, splits, mesh)
+    check_watched(experiment, evaluator.names(parts.abstract.variables, parts.batch))
     files.write_json(directory.run, start.record(experiment, overrides, data_fingerprint, provenance()))
     run = Run(experiment, directory, mesh, clock, reporter, writer, facts, splits, evaluator, feeds, rate)
     _introduce(run, task, parts)
     return run, parts
 
 
-def evaluation_feeds(experiment: Experiment, splits: dict[str, Source], mesh: Any) -> dict[str, tuple[Any, int]]:
+def evaluation_feeds(experiment: Experiment, splits: dict[str, Source], mesh: Mesh) -> dict[str, tuple[Any, int]]:
     """For each split that is evaluated: its feed and the number of its batches."""
     wanted = dict.fromkeys((*experiment.evaluate.splits, *experiment.evaluate.final))
     size = -(-experiment.data.evaluation_batch_size // mesh.size) * mesh.size
@@ -113,13 +116,17 @@ def _introduce(run: Run, task: Task, parts: build.Parts) -> None:
     """Says what is about to be done, before anything is paid for."""
     experiment, facts = run.experiment, run.facts
     if experiment.log.model_table:
-        run.reporter.say(flops.table(task.module, build.preprocessed(experiment, parts.batch)[task.inputs]))
+        inputs = build.preprocessed(experiment, parts.batch)[task.inputs]
+        run.reporter.say(flops.table(task.module, inputs, run.reporter.table_width))
     num_parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parts.abstract.params))
     step_flops = 'unknown' if facts.step_flops is None else f'{facts.step_flops:.3g}'
-    sizes = ', '.join(f'{name} {len(run.splits[name]):,}' for name in sorted(run.splits, key=lambda n: -len(run.splits[n])))
+    sizes = ', '.join(f'{name} {len(run.splits[name]):,}' for name in ('train', 'validation', 'test') if name in run.splits)
     run.reporter.say(f'model  {experiment.model}: {num_parameters:,} parameters')
     run.reporter.say(f'data   {experiment.data.source}: {sizes} examples')
     run.reporter.say(f'run    {run.total_steps:,} steps of {facts.batch_size} examples, {step_flops} FLOPs each')
+    if experiment.parallel.compile == 'pmap' and 'batch_stats' in parts.abstract.model_state and run.mesh.size > 1:
+        run.reporter.say('note   under pmap each device normalises by its own part of the batch: jit normalises by the whole')
+    run.reporter.begin(0, run.total_steps)
     run.reporter.say(f'on     {run.mesh.size} x {jax.devices()[0].device_kind}, recorded in {run.directory.path}')
 
 

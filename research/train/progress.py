@@ -9,6 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+WIDE = 100  # columns from which on the bar has its full width
+FIXED_WIDTH = 66  # spinner, phase, bar, share, steps and elapsed time
+TABLE_WIDTH = 128
 REFRESH_PER_SECOND = 4  # drawing costs about 3 ms a frame on one core
 
 
@@ -19,11 +22,12 @@ class Reporter:
         self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
         self.is_live = self.console.is_terminal and not quiet
         self._plain_every, self._last_line = plain_every, 0.0
-        self._phase, self._figures, self._pace = 'starting', '', Pace()
+        self._phase, self._pace = 'starting', Pace()
+        self._figures: list[str] = []
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn('{task.description:<10}'),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=24 if self.console.width >= WIDE else 6),
             TaskProgressColumn(),
             TextColumn('{task.completed:.0f}/{task.total:.0f}'),
             TimeElapsedColumn(),
@@ -40,6 +44,11 @@ class Reporter:
 
     def __exit__(self, *_: Any) -> None:
         self._progress.stop()
+
+    @property
+    def table_width(self) -> int:
+        """How wide a table may be: the terminal's width, or that of a file."""
+        return min(self.console.width, TABLE_WIDTH) if self.is_live else TABLE_WIDTH
 
     def say(self, text: str) -> None:
         """Prints a line that stays, above the bar."""
@@ -59,19 +68,29 @@ class Reporter:
         """`step` steps are done."""
         self._pace.step = step
         if self.is_live:
-            self._progress.update(self._bar, completed=step, figures=f'ETA {self._pace.remaining()}  {self._figures}')
+            self._progress.update(self._bar, completed=step, figures=self._fitting(f'ETA {self._pace.remaining()}'))
         elif time.monotonic() - self._last_line >= self._plain_every or step == self._pace.total:
             self._line()
 
-    def figures(self, text: str) -> None:
-        """The newest measurements: loss, examples/s, MFU. Shown with the next step."""
-        self._figures = text
+    def figures(self, *texts: str) -> None:
+        """The newest measurements, most important first. Shown with the next step, as many as a terminal has room for."""
+        self._figures = list(texts)
 
     def _line(self) -> None:
         self._last_line = time.monotonic()
         share = 100 * self._pace.step / max(self._pace.total, 1)
         done = f'step {self._pace.step}/{self._pace.total} {share:.0f}%'
-        self.say(f'{done}  ETA {self._pace.remaining()}  {self._figures}'.rstrip())
+        self.say('  '.join([done, f'ETA {self._pace.remaining()}', *self._figures]))
+
+    def _fitting(self, first: str) -> str:
+        """`first` and as many figures as fit beside the bar."""
+        room = self.console.width - (FIXED_WIDTH if self.console.width >= WIDE else FIXED_WIDTH - 18)
+        text = first
+        for figure in self._figures:
+            if len(text) + 2 + len(figure) > room:
+                break
+            text += f'  {figure}'
+        return text
 
 
 class Pace:

@@ -60,6 +60,11 @@ class RunDirectory:
         """All records of `metrics.jsonl`."""
         return list(files.read_json_lines(self.metrics)) if self.metrics.exists() else []
 
+    def has_progress(self) -> bool:
+        """Whether there is something to lose: a checkpoint or a summary."""
+        saved = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
+        return self.summary.exists() or any(path.name.isdigit() for path in saved)
+
     def event(self, kind: str, **details: Any) -> None:
         """Appends one event with the time in seconds since 1970."""
         with open(self.events, 'a', encoding='utf-8') as file:
@@ -79,7 +84,7 @@ def finished(experiment: Experiment, directory: RunDirectory, allow_change: bool
       UsageError: the run directory belongs to another experiment.
     """
     run = directory.read_run()
-    if run is None:
+    if run is None or not directory.has_progress():
         return None
     changes = [c for c in schema.differences(schema.resolve(run['config']), experiment) if not c.resumable]
     if changes and not allow_change:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from research.core import fields
-from research.core.errors import UsageError
+from research.core.errors import StorageError, UsageError
 from research.core.schema import Experiment
 from research.train.build import Parts
 from research.train.checkpoint import Checkpoints
@@ -28,7 +28,8 @@ def check_fingerprint(directory: RunDirectory, fingerprint: str, allow_change: b
       UsageError: the training data are not the same.
     """
     run = directory.read_run()
-    if run is not None and run['data_fingerprint'] != fingerprint and not allow_change:
+    is_other = run is not None and directory.has_progress() and run['data_fingerprint'] != fingerprint
+    if is_other and not allow_change:
         raise UsageError(
             f'the training data are not those that the run in {directory.path} began with',
             'restore the data, or go on with the new data by --allow_config_change',
@@ -57,7 +58,10 @@ def _from_other(parts: Parts, path: pathlib.Path) -> TrainState:
             raise UsageError(
                 f'config.init_from={str(path)!r} holds no checkpoint', 'give the --workdir of a run that saved one'
             )
-        model = source.restore_model(step, parts.abstract)
+        try:
+            model = source.restore_model(step, parts.abstract)
+        except StorageError as error:
+            raise UsageError(f'config.init_from={str(path)!r} cannot be used: {error.message}', 'use the same model') from error
     fresh = parts.init()
     extra = {**fresh.extra, **({'ema': jax.tree.map(jnp.copy, model.params)} if 'ema' in fresh.extra else {})}
     return dataclasses.replace(fresh, params=model.params, model_state=model.model_state, extra=extra)

@@ -1,5 +1,6 @@
 """Records go to `metrics.jsonl`, the source of truth, and to TensorBoard for those who like to look at curves."""
 
+import math
 from typing import Any
 
 from research.core import files
@@ -18,7 +19,7 @@ class Writer:
         self._file.write(files.json_line({'step': step, 'split': split, 'time': round(seconds, 3), **values}))
         if self._board is not None:
             for name, value in values.items():
-                if isinstance(value, (int, float)):
+                if isinstance(value, (int, float)) and math.isfinite(value):
                     self._board.add_scalar(f'{split}/{name}', value, step)
 
     def __enter__(self) -> 'Writer':

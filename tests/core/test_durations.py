@@ -21,7 +21,6 @@ FACTS = Facts(batch_size=32, epoch_examples=1000, step_flops=2e9, total_steps=20
         ('1 example', 1),
         ('1e12 flops', 500),
         ('1.0019e12 flops', 500),  # never overspent
-        ('1 flop', 1),  # but a run has a step
         ('5%', 10),
         ('100 %', 200),
     ],
@@ -55,3 +54,8 @@ def test_a_unit_without_its_fact_is_refused(text):
 def test_str_parses_back(text):
     assert parse(str(parse(text))) == parse(text)
     assert isinstance(parse(text), Duration)
+
+
+def test_flops_that_do_not_pay_for_a_step_are_refused():
+    with pytest.raises(UsageError, match='less than one step of 2e\\+09 FLOPs'):
+        parse('1e9 flops').to_steps(FACTS)

@@ -27,10 +27,12 @@ def test_jax_that_cannot_start_is_told(monkeypatch):
         meshes.make_mesh()
 
 
-@pytest.mark.parametrize(('size', 'better'), [(60, '56 or 64'), (3, '8'), (12, '8 or 16')])
-def test_a_batch_that_cannot_be_shared_names_the_nearest(size, better):
-    with pytest.raises(UsageError, match=f'use {better}'):
-        meshes.check_divisible(meshes.make_mesh(), size, 'config.data.batch_size')
+@pytest.mark.parametrize(
+    ('size', 'parts', 'better'), [(60, 1, '56 or 64'), (3, 1, '8'), (12, 1, '8 or 16'), (64, 16, '128'), (200, 4, '192 or 224')]
+)
+def test_a_batch_that_cannot_be_shared_names_the_nearest(size, parts, better):
+    with pytest.raises(UsageError, match=f'use config.data.batch_size={better}$'):
+        meshes.check_divisible(meshes.make_mesh(), size, parts)
 
 
 TREE = {'a': {'kernel': jax.ShapeDtypeStruct((16, 6), np.float32)}, 'b': jax.ShapeDtypeStruct((), np.int32)}
