@@ -17,7 +17,7 @@ except ImportError:
     sys.exit('error: this Python has no absl\n  fix: pip install -r requirements/cpu.txt, or activate its environment')
 
 from research.core import config_file, schema
-from research.core.errors import ExitCode, FulcrumError, UsageError
+from research.core.errors import ExitCode, FulcrumError, UsageError, explain
 
 MODES = ('train', 'evaluate', 'show', 'doctor')
 
@@ -92,7 +92,6 @@ def train(experiment: schema.Experiment, workdir: pathlib.Path, overrides: list[
     summary = finished(experiment, RunDirectory(workdir), FLAGS.allow_config_change)
     if summary is not None:
         print(f'{workdir} is complete at step {summary["step"]}; its results are in {workdir / "summary.json"}')
-        print('to train again, give another --workdir or another seed')
         return
     from research.train import loop
 
@@ -105,17 +104,15 @@ def main(argv: list[str]) -> int:
     try:
         dispatch(parse(argv))
         sys.stdout.flush()
-    except FulcrumError as error:
-        if '--debug' in argv:
-            traceback.print_exc()
-        print(f'error: {error}', file=sys.stderr)
-        return int(error.exit_code)
     except BrokenPipeError:  # the reader of our output (head, less) has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        print('error: ended at once; the same command goes on from the last checkpoint', file=sys.stderr)
-        return int(ExitCode.STOPPED)
-    return int(ExitCode.DONE)
+    except (FulcrumError, OSError, KeyboardInterrupt) as error:
+        if FLAGS.is_parsed() and FLAGS.debug:
+            traceback.print_exc()
+        message, code = explain(error)
+        print(f'error: {message}', file=sys.stderr)
+        return code
+    return ExitCode.DONE
 
 
 if __name__ == '__main__':

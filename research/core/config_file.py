@@ -12,7 +12,6 @@ replace the whole component, so that no argument of the old one stays behind. No
 import ast
 import importlib.util
 import inspect
-import json
 import pathlib
 import re
 import traceback
@@ -66,10 +65,14 @@ def resolve(text: str, overrides: Sequence[str] = ()) -> Experiment:
 
 
 def default_workdir(text: str, experiment: Experiment) -> pathlib.Path:
-    """runs/NAME; runs/NAME-HASH where the experiment is not what its file says by default, so that two never mix."""
-    is_plain = ':' not in text and experiment == resolve(text)
-    plain = json.dumps(fields.to_plain(experiment), sort_keys=True)
-    return pathlib.Path('runs') / (experiment.name if is_plain else f'{experiment.name}-{files.digest([plain], 4)}')
+    """runs/NAME; runs/NAME-HASH where the experiment is another than its file's own, so that two never mix.
+
+    What a resumed run may change (the period of the log, say) is not in the hash.
+    """
+    own = resolve(text.partition('.py:')[0].removesuffix('.py') + '.py')
+    changes = [str(change) for change in schema.differences(own, experiment) if not change.resumable]
+    suffix = '-' + files.digest(changes, 4) if changes else ''
+    return pathlib.Path('runs') / (pathlib.Path(experiment.name).name + suffix)
 
 
 def override(config: dict[str, Any], path: str, text: str) -> None:
@@ -118,6 +121,8 @@ def read(text: str, annotation: str, where: str) -> Any:
         raise UsageError(f'{where}={text} is not a bool', 'use true or false')
     if choices <= {'int', 'float', 'None'}:
         raise UsageError(f'{where}={text} is not {annotation}', f'give a number, for example {where}=1')
+    if 'str' in choices and isinstance(literal, str):
+        return literal
     if choices & {'tuple', 'list'} and isinstance(literal, str):
         return tuple(part.strip() for part in literal.split(','))
     return (literal,) if choices & {'tuple', 'list'} and isinstance(literal, (int, float)) else literal
@@ -233,9 +238,10 @@ def _guarded(path: pathlib.Path, function: Any) -> Any:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if pathlib.Path(f.filename) == path.resolve()]
         frames = frames or [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
         line = f':{frames[-1].lineno}' if frames else f':{error.lineno}' if isinstance(error, SyntaxError) else ''
-        unknown = re.match(r'\W*Key "(\w+)" does not exist', str(error))
-        if unknown:
+        unknown = re.search(r'Key "(\w+)" does not exist|^\W*(\w+)\W+nDid you mean', repr(str(error)))
+        if unknown and isinstance(error, (AttributeError, KeyError)):
+            key = unknown[1] or unknown[2]
             known = {word for key, _ in fields.walk(Experiment) for word in key.split('.')}
-            raise UsageError(f'{path}{line}: the config has no key {unknown[1]!r}', nearest(unknown[1], known)) from error
+            raise UsageError(f'{path}{line}: the config has no key {key!r}', nearest(key, known)) from error
         reason = str(error).split('\n')[0][:120]
         raise UsageError(f'{path}{line}: {type(error).__name__}: {reason}', 'correct that line') from error

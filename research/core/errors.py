@@ -61,6 +61,16 @@ class NumericalError(FulcrumError):
     exit_code = ExitCode.NUMERICAL
 
 
+def explain(error: BaseException) -> tuple[str, ExitCode]:
+    """What a failed command prints, at most two lines, and its exit code."""
+    if isinstance(error, FulcrumError):
+        return str(error), error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return 'ended at once\n  fix: the same command goes on from the last checkpoint', ExitCode.STOPPED
+    code = ExitCode.PERMISSION if isinstance(error, PermissionError) else ExitCode.STORAGE
+    return f'{error}\n  fix: see free space, quotas and permissions', code
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint for a misspelt `word`: the nearest known word if one is near, and at most twelve of those that exist."""
     known = sorted(set(known))

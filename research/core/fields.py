@@ -84,7 +84,8 @@ def _field(root: Any, field: Field, given: Any, where: str) -> Any:
     if 'section' in rules:
         return build(root, rules['section'], {} if given is None else given, where)
     if 'many' in rules:
-        given = registry.parse_many(given, where) if isinstance(given, str) else given
+        given = registry.parse_many(given, where) if isinstance(given, str) else given or ()
+        given = [given] if hasattr(given, 'items') else given
         return tuple(registry.component(rules['kind'], v, f'{where}.{i}') for i, v in enumerate(given))
     if 'kind' in rules:
         return None if given is None and 'None' in type_name(field) else registry.component(rules['kind'], given, where)
@@ -92,8 +93,10 @@ def _field(root: Any, field: Field, given: Any, where: str) -> Any:
         return given if isinstance(given, Duration) else duration(given, where)
     given = registry.plain(given)
     registry.check_type(given, type_name(field), where)
+    if 'rules' in rules and given is not None:
+        _check_rules(given, where)
     _check_range(rules, given, where)
-    return float(given) if type_name(field) == 'float' else given
+    return float(given) if type_name(field) == 'float' else given  # type: ignore[arg-type] - checked above
 
 
 def duration(given: Any, where: str) -> Duration:
@@ -104,9 +107,18 @@ def duration(given: Any, where: str) -> Duration:
         raise UsageError(f'{where}: {error.message}', error.fix) from error
 
 
+def _check_rules(given: Any, where: str) -> None:
+    """Named-leaf rules are pairs of a regular expression and a value that is a number, None or a tuple."""
+    for rule in given:
+        if not (isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[0], str) and not isinstance(rule[1], str)):
+            raise UsageError(f'{where} has the rule {rule!r}', "write pairs: (('.*/bias', 0.0), ('.*', 1.0))")
+
+
 def _check_range(rules: Any, given: Any, where: str) -> None:
     if given is None:
         return
+    if given != given:
+        raise UsageError(f'{where} is {given!r}', 'give a number')
     if 'choices' in rules and given not in rules['choices']:
         raise UsageError(f'{where} is {given!r}', nearest(str(given), rules['choices']))
     for bound, broken, says in (

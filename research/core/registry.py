@@ -182,9 +182,20 @@ def check_type(value: Any, annotation: str, where: str) -> None:
 
     Other annotations are accepted: the component checks them itself.
     """
-    choices = [part.split('[')[0].split('.')[-1].strip() for part in alternatives(annotation)]
-    if all(choice in CHECKS for choice in choices) and not any(CHECKS[choice](value) for choice in choices):
+    if not any(_fits(value, part.strip()) for part in alternatives(annotation)):
         raise UsageError(f'{where} is {value!r}, which is not {annotation}', f'give {where} a value of type {annotation}')
+
+
+def _fits(value: Any, annotation: str) -> bool:
+    """Whether `value` is of a type without `|`; the elements of 'tuple[X, ...]' are looked at too."""
+    outer, _, inner = annotation.partition('[')
+    outer = outer.split('.')[-1]
+    if outer not in CHECKS:
+        return True
+    if not CHECKS[outer](value):
+        return False
+    element = inner.removesuffix(']').removesuffix(', ...')
+    return not inner.endswith(', ...]') or all(any(_fits(v, part.strip()) for part in alternatives(element)) for v in value)
 
 
 @functools.cache
@@ -196,12 +207,9 @@ def signature(kind: str, name: str) -> dict[str, Parameter] | None:
     """
     path, _, thing = address(kind, name).partition(':')
     source = _source_of(path)
-    definitions = {}
-    if source is not None:
-        tree = ast.parse(source.read_text(encoding='utf-8'), str(source))
-        definitions = {n.name: n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
     if source is None or not thing:
         raise UsageError(f'{kind} {name!r}: there is no module {path!r}', 'write package.module:Thing, importable from here')
+    definitions = _definitions(path)[0]
     if thing not in definitions:
         raise UsageError(f'{kind} {name!r}: module {path!r} has no {thing!r}', nearest(thing, definitions))
     node = definitions[thing]
@@ -209,7 +217,7 @@ def signature(kind: str, name: str) -> dict[str, Parameter] | None:
     if isinstance(node, ast.FunctionDef):
         found = _function_parameters(node)
     else:
-        found = _class_parameters(node, definitions)
+        found = _class_parameters(node, path)
     if kind == 'model' and found is not None and 'num_outputs' not in found:
         raise UsageError(f'{kind} {name!r} has no field num_outputs', 'declare num_outputs: int, the size of its last layer')
     return None if found is None else {k: p for k, p in found.items() if k not in supplied}
@@ -294,16 +302,47 @@ def _function_parameters(node: ast.FunctionDef) -> dict[str, Parameter] | None:
     return {a.arg: Parameter(_text(a.annotation), _default(d)) for a, d in pairs if a.arg != 'self'}
 
 
-def _class_parameters(node: ast.ClassDef, definitions: dict[str, Any]) -> dict[str, Parameter] | None:
-    """Arguments of `__init__` if there is one, else the annotated fields, those of base classes in the same file first."""
+@functools.cache
+def _definitions(module: str) -> tuple[dict[str, Any], dict[str, tuple[str, str]]]:
+    """The functions and classes of a module's source, and what it imports by `from`: name -> (module, name there).
+
+    Raises:
+      UsageError: the source is no Python.
+    """
+    source = _source_of(module)
+    assert source is not None
+    try:
+        body = ast.parse(source.read_text(encoding='utf-8'), str(source)).body
+    except SyntaxError as error:
+        raise UsageError(f'{source}:{error.lineno}: {error.msg}', 'correct that line') from error
+    imports = [n for n in body if isinstance(n, ast.ImportFrom) and n.module and not n.level]
+    found = {alias.asname or alias.name: (str(n.module), alias.name) for n in imports for alias in n.names}
+    return {n.name: n for n in body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}, found
+
+
+def _base_parameters(base: str, module: str) -> dict[str, Parameter] | None:
+    """The fields of a base class; of none for one that is written with a dot (nn.Module); None if it cannot be read."""
+    definitions, imports = _definitions(module)
+    if isinstance(definitions.get(base), ast.ClassDef):
+        return _class_parameters(definitions[base], module)
+    if base not in imports or _source_of(imports[base][0]) is None:
+        return {} if '.' in base or base in ('object', 'Protocol') else None
+    module, name = imports[base]
+    node = _definitions(module)[0].get(name)
+    return _class_parameters(node, module) if isinstance(node, ast.ClassDef) else {}
+
+
+def _class_parameters(node: ast.ClassDef, module: str) -> dict[str, Parameter] | None:
+    """Arguments of `__init__` if there is one, else the annotated fields, those of base classes first."""
     init = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == '__init__'), None)
     if init is not None:
         return _function_parameters(init)
     found: dict[str, Parameter] = {}
     for base in node.bases:
-        parent = definitions.get(_text(base))
-        if isinstance(parent, ast.ClassDef):
-            found |= _class_parameters(parent, definitions) or {}
+        inherited = _base_parameters(_text(base), module)
+        if inherited is None:
+            return None
+        found |= inherited
     fields = [n for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
     for field in fields:
         annotation = _text(field.annotation)

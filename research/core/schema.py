@@ -125,8 +125,8 @@ class Train:
 class Evaluate:
     """When and on what the model is evaluated."""
 
-    every: Duration = value('10%', "period of the evaluations; '0 steps': only at the end", resumable=True)
-    splits: tuple[str, ...] = value(('validation',), 'splits of the periodic evaluations', resumable=True)
+    every: Duration = value('10%', "period of the evaluations; '0 steps': only at the end")
+    splits: tuple[str, ...] = value(('validation',), 'splits of the periodic evaluations')
     final: tuple[str, ...] = value(('validation', 'test'), 'splits evaluated at the end', resumable=True)
 
 
@@ -156,7 +156,7 @@ class Log:
 class Parallel:
     """How the step is laid over devices."""
 
-    compile: str = value('jit', 'jit with NamedSharding, or pmap over the data axis', choices=('jit', 'pmap'), resumable=True)
+    compile: str = value('jit', 'jit with NamedSharding, or pmap over the data axis', choices=('jit', 'pmap'))
     devices: int | None = value(None, 'how many of the visible devices to use; None: all', low=1, resumable=True)
     rules: tuple[tuple[str, tuple], ...] = value(
         (('.*', ()),), 'named-leaf rules: partition spec of each leaf of the state', rules=True, resumable=True
@@ -232,7 +232,8 @@ def parse_budget(text: str) -> Duration:
         budget = durations.parse(text)
     except UsageError as error:
         raise UsageError(f'config.data.budget is {text!r}', fix) from error
-    if budget.unit not in ('%', 'examples') or budget.amount <= 0 or (budget.unit == '%' and budget.amount > 100):
+    is_share = budget.unit == '%' and 0 < budget.amount <= 100
+    if not is_share and not (budget.unit == 'examples' and budget.amount >= 1):
         raise UsageError(f'config.data.budget is {text!r}', fix)
     return budget
 
@@ -252,5 +253,8 @@ def _check_together(experiment: Experiment) -> None:
             f'config.data.validation={data.validation} and config.data.test={data.test} leave nothing to train on',
             'make their sum less than 1',
         )
+    watched = [m for m in (train.early_stop.metric, experiment.checkpoint.best) if m is not None]
+    if watched and experiment.evaluate.every.amount == 0:
+        raise UsageError(f'{watched[0]!r} is watched, but nothing is evaluated before the end', 'set config.evaluate.every')
     if data.budget is not None:
         parse_budget(data.budget)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from research.core.errors import UsageError
 from research.parallel import mesh as meshes
 from research.parallel.mesh import DATA_AXIS
 
@@ -38,6 +39,8 @@ def compile_step(step: Step, mesh: Mesh, kind: str, batch: Any, state: Any) -> S
 
 def _pmap(step: Step, mesh: Mesh, batch: Any, state: Any) -> Step:
     """The step over N devices; its batch is cut into N equal parts along the leading axis."""
+    if not all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state)):
+        raise UsageError('config.parallel.rules partition the state, which pmap cannot', 'use config.parallel.compile=jit')
     devices = list(mesh.devices.flat)
     mapped = jax.pmap(step, axis_name=DATA_AXIS, in_axes=(None, 0), out_axes=(None, None), devices=devices, donate_argnums=0)
     split = jax.jit(lambda batch: jax.tree.map(lambda x: x.reshape(mesh.size, -1, *x.shape[1:]), batch))  # (N, B/N, ...)

@@ -71,8 +71,13 @@ class Regress(Supervised):
         error = REGRESSION_LOSSES[self.loss_function]
         if self.loss_function == 'huber':
             error = functools.partial(error, delta=self.huber_delta)
-        errors = error(unmasked(outputs, batch['mask']), targets(batch, self.labels))  # (B, K)
-        return {'loss': weighted(jnp.mean(errors, axis=-1), batch['mask'])}
+        mask = batch['mask']
+        outputs = unmasked(outputs, mask)
+        errors = jnp.mean(error(outputs, targets(batch, self.labels)), axis=-1)  # (B,)
+        if 'mix_label' in batch:  # mixup, cutmix: the loss against both targets, as in classification
+            share, others = unmasked(batch['mix_weight'], mask), jnp.mean(error(outputs, targets(batch, 'mix_label')), axis=-1)
+            errors = share * errors + (1 - share) * others
+        return {'loss': weighted(errors, mask)}
 
 
 def _is_number(text: str) -> bool:

@@ -21,9 +21,12 @@ from research.train.state import TrainState
 class Checkpoints:
     """The checkpoints in one folder; `keep` of the newest stay. A context manager: at its end the last save is on disk."""
 
-    def __init__(self, folder: pathlib.Path, keep: int = 1):
+    def __init__(self, folder: pathlib.Path, keep: int = 1, writable: bool = True):
         self.folder = folder
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True)
+        if writable:
+            options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        else:  # it may belong to a run that is under way: nothing is touched
+            options = ocp.CheckpointManagerOptions(read_only=True)
         handlers = {
             'model': ocp.StandardCheckpointHandler(),
             'training': ocp.StandardCheckpointHandler(),
@@ -41,7 +44,12 @@ class Checkpoints:
             'training': ocp.args.StandardSave(training),
             'meta': ocp.args.JsonSave(meta),
         }
-        return self._guarded(lambda: self._manager.save(step, args=ocp.args.Composite(**arguments)))
+        return self._guarded(lambda: self._manager.save(step, args=ocp.args.Composite(**arguments), force=True))
+
+    def drop_after(self, step: int) -> None:
+        """Deletes the checkpoints of steps after `step`: they belong to a course that is run again."""
+        for later in [s for s in self._manager.all_steps() if s > step]:
+            self._guarded(lambda later=later: self._manager.delete(later))
 
     def latest(self) -> int | None:
         """The newest step on disk; None without any. Waits for a save that is under way."""
@@ -102,9 +110,10 @@ class Checkpoints:
         saved = self._guarded(lambda: self._manager.item_metadata(step))
         problems = []
         for item, wanted in items.items():
-            if saved[item] is None:
+            if saved.get(item) is None:
                 raise StorageError(
-                    f'{self.folder / str(step)} has no readable {item!r}', 'use an older step, or another --workdir'
+                    f'{self.folder / str(step)} has no readable {item!r}',
+                    f'remove {self.folder / str(step)} to go on from the step before',
                 )
             problems += _mismatches(_described(saved[item].tree), _described(wanted))
         if problems:

@@ -1,5 +1,6 @@
 """`--mode=evaluate`: the newest (or best) checkpoint of any run on any split, with the config that the run recorded."""
 
+import copy
 import json
 import pathlib
 from typing import Any
@@ -42,7 +43,7 @@ def evaluate_run(workdir: pathlib.Path, overrides: list[str], trust: bool = Fals
     run = directory.read_run()
     if run is None or not directory.checkpoints.is_dir():
         raise UsageError(f'{workdir} holds no run', 'give the --workdir of a run that saved a checkpoint')
-    config = run['config']
+    config = copy.deepcopy(run['config'])
     foreign = sorted(str(v) for k, v in fields.flat(config).items() if k.split('.')[-1] == 'name' and ':' in str(v))
     foreign += sorted(str(c['name']) for key in ('augment', 'preprocess') for c in config['data'][key] if ':' in c['name'])
     if foreign and not trust:
@@ -50,7 +51,13 @@ def evaluate_run(workdir: pathlib.Path, overrides: list[str], trust: bool = Fals
     for override in overrides:
         path, _, text = override.partition('=')
         config_file.override(config, path, text)
-    return _evaluate(schema.resolve(config), directory)
+    recorded, experiment = schema.resolve(run['config']), schema.resolve(config)
+    changes = [c for c in schema.differences(recorded, experiment) if not c.resumable]
+    if changes:
+        raise UsageError(
+            f'an evaluation cannot change what was trained: {changes[0]}', 'change evaluate.final, say, or parallel'
+        )
+    return _evaluate(experiment, directory)
 
 
 def _evaluate(experiment: schema.Experiment, directory: RunDirectory) -> dict[str, Any]:
@@ -64,7 +71,7 @@ def _evaluate(experiment: schema.Experiment, directory: RunDirectory) -> dict[st
     results = {}
     for name, folder in (('newest', directory.checkpoints), ('best', directory.best)):
         if folder.is_dir():
-            with Checkpoints(folder) as checkpoints:
+            with Checkpoints(folder, writable=False) as checkpoints:
                 step = checkpoints.latest()
                 if step is None:
                     continue

@@ -34,24 +34,35 @@ class LogHook:
 
     def __init__(self, run: Run):
         self.run, self._terms = run, []
-        self._seconds = run.clock.seconds.get('train', 0.0)
+        earlier = run.earlier.get('log', {})  # steps since the last record, done before a restart
+        self._sums = {name: np.array(sums) for name, sums in earlier.items()}
+        self._steps, self._seconds = 0, run.clock.seconds.get('train', 0.0)
 
     def __call__(self, step: int, state: TrainState, terms: Terms) -> None:
         self._terms.append(terms)
+        self._steps += 1
         if self.run.is_due(self.run.experiment.log.every, step) or step == self.run.total_steps:
-            loss = self._record(step, jax.device_get(self._terms))
-            self._terms = []
+            loss = self._record(step, state)
             self._check_numbers(step, state, loss)
         self.run.reporter.advance(step)
 
-    def _record(self, step: int, fetched: list[Terms]) -> float:
+    def unrecorded(self) -> dict[str, list[float]]:
+        """The [sum, weight] of each term since the last record: what a checkpoint must hold for the next one to be whole."""
+        for terms in jax.device_get(self._terms):
+            for name, term in terms.items():
+                self._sums[name] = self._sums.get(name, np.zeros(2)) + np.asarray(term, np.float64)
+        self._terms = []
+        return {name: sums.tolist() for name, sums in self._sums.items()}
+
+    def _record(self, step: int, state: TrainState) -> float:
         """Writes the means over the steps since the last record, the pace and the learning rate; returns the loss."""
-        sums = {name: np.sum([np.asarray(t[name], np.float64) for t in fetched], axis=0) for name in fetched[0]}
-        values = {name: float(total / weight) if weight else float('nan') for name, (total, weight) in sums.items()}
+        sums = sorted(self.unrecorded().items())
+        values: dict[str, Any] = {name: total / weight if weight else float('nan') for name, (total, weight) in sums}
         seconds = self.run.clock.snapshot().get('train', 0.0) - self._seconds
-        self._seconds += seconds
-        pace = self._pace(len(fetched), seconds)
-        values |= {'learning_rate': float(self.run.learning_rate(step - 1)), **pace}
+        pace = self._pace(self._steps, seconds)
+        self._sums, self._steps, self._seconds = {}, 0, self._seconds + seconds
+        skips = int(state.extra['skips']['total']) if 'skips' in state.extra else 0  # a skipped step moves no schedule
+        values |= {'learning_rate': float(self.run.learning_rate(max(step - 1 - skips, 0))), **pace}
         self.run.writer.write(step, 'train', self.run.clock.total(), values)
         mfu = 'unknown' if pace['mfu'] is None else f'{100 * pace["mfu"]:.1f}%'
         losses = shown({k: values[k] for k in ('loss', 'accuracy') if k in values})
@@ -68,13 +79,17 @@ class LogHook:
 
     def _check_numbers(self, step: int, state: TrainState, loss: float) -> None:
         """Ends a run that cannot come to anything: too many skipped steps in a row, or, without the guard, a bad loss."""
-        skips = int(state.extra['skips']['in_a_row']) if 'skips' in state.extra else None
-        if skips is None and not math.isfinite(loss):
-            raise NumericalError(f'the loss before step {step} is not finite', NUMERICAL_FIX)
-        if skips is not None and skips >= self.run.experiment.train.max_skips:
+        if 'skips' not in state.extra:
+            if not math.isfinite(loss):
+                raise NumericalError(f'the loss before step {step} is not finite', NUMERICAL_FIX)
+            return
+        in_a_row, total = (int(state.extra['skips'][name]) for name in ('in_a_row', 'total'))
+        if in_a_row >= self.run.experiment.train.max_skips:
             raise NumericalError(
-                f'the loss or gradient of the last {skips} steps before step {step} is not finite', NUMERICAL_FIX
+                f'the loss or gradient of the last {in_a_row} steps before step {step} is not finite', NUMERICAL_FIX
             )
+        if step == self.run.total_steps and total > step / 2:
+            raise NumericalError(f'{total} of {step} steps are not finite', NUMERICAL_FIX)
 
 
 class EvaluateHook:
@@ -92,14 +107,17 @@ class EvaluateHook:
 class CheckpointHook:
     """Saves when it is due, and the best state apart when an evaluation of this step is the best so far."""
 
-    def __init__(self, run: Run, checkpoints: Checkpoints, best: Checkpoints | None):
-        self.run, self.checkpoints, self.best = run, checkpoints, best
+    def __init__(self, run: Run, checkpoints: Checkpoints, best: Checkpoints | None, log: LogHook):
+        self.run, self.checkpoints, self.best, self.log = run, checkpoints, best, log
 
     def __call__(self, step: int, state: TrainState, terms: Terms) -> None:
-        settings = self.run.experiment.checkpoint
-        if self.best is not None and self._is_best(step):
+        is_best = self.best is not None and self._is_best(step)
+        is_due = self.run.is_due(self.run.experiment.checkpoint.every, step)
+        if (is_best or is_due) and 'skips' not in state.extra and not math.isfinite(float(terms['loss'][0])):
+            raise NumericalError(f'the loss of step {step} is not finite: its state is not saved', NUMERICAL_FIX)
+        if is_best and self.best is not None:
             self.save(self.best, step, state)
-        if self.run.is_due(settings.every, step):
+        if is_due:
             self.save(self.checkpoints, step, state)
 
     def _is_best(self, step: int) -> bool:
@@ -112,7 +130,8 @@ class CheckpointHook:
         """Saves now; the disk is written in the background."""
         self.run.reporter.phase('saving')
         with self.run.clock.phase('save'):
-            saved = checkpoints.save(step, state, {'seconds': self.run.clock.snapshot()})
+            spent = {'seconds': self.run.clock.snapshot(), 'device_seconds': self.run.device_seconds()}
+            saved = checkpoints.save(step, state, {**spent, 'log': self.log.unrecorded()})
         if saved:
             self.run.directory.event('save', step=step, folder=checkpoints.folder.name)
         self.run.reporter.phase('training')

@@ -9,6 +9,7 @@ import contextlib
 import math
 import pathlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 
 from research.core import files
 from research.core.clock import Clock
-from research.core.errors import StoppedError, UsageError
+from research.core.errors import FulcrumError, StoppedError, UsageError
 from research.core.schema import Experiment
 from research.core.terms import Terms
 from research.data.build import build_augmentation, build_splits
@@ -62,12 +63,26 @@ def train(
         clock = Clock()
         with clock.phase('start'):
             mesh = meshes.make_mesh(experiment.parallel.devices)  # first: it says in one line if jax cannot start
+            stack.enter_context(directory.owned())
+            stack.enter_context(_exit_event(directory))
             checkpoints = stack.enter_context(Checkpoints(directory.checkpoints, experiment.checkpoint.keep))
             best = stack.enter_context(Checkpoints(directory.best)) if experiment.checkpoint.best else None
             directory.keep_metrics_until(checkpoints.latest() or 0)
             writer = stack.enter_context(Writer(directory, experiment.log.tensorboard))
             run, parts = _prepare(experiment, mesh, directory, reporter, writer, clock, overrides or [], allow_change)
         return _train(run, parts, checkpoints, best, stop)
+
+
+@contextlib.contextmanager
+def _exit_event(directory: RunDirectory) -> Iterator[None]:
+    """Records how the process ended: completed, or by which error and exit code."""
+    try:
+        yield
+    except BaseException as error:
+        code = int(error.exit_code) if isinstance(error, FulcrumError) else 1
+        directory.event('exit', status=type(error).__name__, code=code)
+        raise
+    directory.event('exit', status='completed', code=0)
 
 
 def _prepare(
@@ -93,8 +108,8 @@ def _prepare(
     evaluator = Evaluator(task, build_augmentation(experiment.data.preprocess), mesh)
     feeds = evaluation_feeds(experiment, splits, mesh)
     check_watched(experiment, evaluator.names(parts.abstract.variables, parts.batch))
-    files.write_json(directory.run, start.record(experiment, overrides, data_fingerprint, provenance()))
-    run = Run(experiment, directory, mesh, clock, reporter, writer, facts, splits, evaluator, feeds, rate)
+    record = start.record(experiment, overrides, data_fingerprint, provenance())
+    run = Run(experiment, directory, mesh, clock, reporter, writer, facts, splits, evaluator, feeds, rate, record)
     _introduce(run, task, parts)
     return run, parts
 
@@ -135,16 +150,23 @@ def _train(
 ) -> dict[str, Any]:
     """From the compiled step to the summary."""
     with run.clock.phase('restore'):
-        state, seconds, origin = start.first_state(parts, run.experiment, checkpoints)
-    run.clock.add(seconds)
+        state, run.earlier, origin = start.first_state(parts, run.experiment, checkpoints)
+    run.clock.add(run.earlier.get('seconds', {}))
+    if int(state.step) > run.total_steps:
+        raise UsageError(f'the run is at step {int(state.step)}, beyond its {run.total_steps} steps', 'raise train.duration')
+    if best is not None:
+        best.drop_after(int(state.step))
+    run.directory.summary.unlink(missing_ok=True)
+    files.write_json(run.directory.run, run.record)
     run.directory.event('start', origin=origin, step=int(state.step), argv=sys.argv)
     run.reporter.say(origin)
     run.reporter.phase('compiling')
     with run.clock.phase('compile'):
         step = build.compile_parts(parts, run.experiment, run.mesh)
     run.directory.event('compile', seconds=run.clock.seconds['compile'])
-    saver = CheckpointHook(run, checkpoints, best)
-    state = _steps(run, step, state, [LogHook(run), EvaluateHook(run), saver, EarlyStopHook(run)], stop)
+    log = LogHook(run)
+    saver = CheckpointHook(run, checkpoints, best, log)
+    state = _steps(run, step, state, [log, EvaluateHook(run), saver, EarlyStopHook(run)], stop)
     saver.save(checkpoints, int(state.step), state)
     if stop.name is not None and int(state.step) < run.total_steps and run.stop is None:
         checkpoints.wait()
@@ -179,17 +201,18 @@ def _finish(run: Run, state: TrainState, parts: build.Parts, best: Checkpoints |
     """The final evaluation and the summary."""
     step = int(state.step)
     metrics = {split: run.evaluate(split, step, state) for split in run.experiment.evaluate.final}
+    with run.clock.phase('evaluate'):
+        best_results = _evaluate_best(run, parts, best)
     summary = {
         'status': 'completed',
         'name': run.experiment.name,
         'step': step,
         'stopped_early': run.stop,
         'metrics': metrics,
-        'best': _evaluate_best(run, parts, best),
+        'best': best_results,
         'skipped_steps': int(state.extra['skips']['total']) if 'skips' in state.extra else None,
         'budget': run.spent(step),
     }
-    run.directory.event('exit', status='completed', step=step)
     files.write_json(run.directory.summary, summary)
     run.reporter.phase('done')
     return summary

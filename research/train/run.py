@@ -26,6 +26,8 @@ class Run:
     Attributes:
       facts: batch size, examples of an epoch, FLOPs of a step, total steps.
       evaluate: variables and split name -> results.
+      record: what run.json will say.
+      earlier: what the checkpoint that the run goes on from says: seconds by phase, device-seconds, the open log record.
       results: the newest results of each split and their step.
       stop: why the run ends before its last step; None as long as it goes on.
     """
@@ -41,6 +43,8 @@ class Run:
     evaluator: Evaluator
     evaluation_feeds: dict[str, tuple[Feed, int]]
     learning_rate: Callable[[Any], Any]
+    record: dict[str, Any]
+    earlier: dict[str, Any] = dataclasses.field(default_factory=dict)
     results: dict[str, tuple[int, dict[str, Any]]] = dataclasses.field(default_factory=dict)
     stop: str | None = None
 
@@ -71,10 +75,15 @@ class Run:
             self.reporter.phase('training')
         return self.results[split][1]
 
+    def device_seconds(self) -> float:
+        """Seconds times devices since the start of the run; an earlier part may have had another number of devices."""
+        own = self.clock.total() - sum(self.earlier.get('seconds', {}).values())
+        return self.earlier.get('device_seconds', 0.0) + own * self.mesh.size
+
     def spent(self, step: int) -> dict[str, Any]:
         """The budget used by `step` steps: examples, unique examples, FLOPs, device-seconds, money."""
         examples = step * self.facts.batch_size
-        device_seconds = self.clock.total() * self.mesh.size
+        device_seconds = self.device_seconds()
         price = self.experiment.price_per_device_hour
         return {
             'examples': examples,

@@ -7,8 +7,11 @@ checkpoints/     one folder a step; best/: the best step; tensorboard/: event fi
 summary.json     at the end: status, metrics, and what the run spent
 """
 
+import contextlib
+import fcntl
 import pathlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from research.core import files, schema
@@ -50,7 +53,11 @@ class RunDirectory:
 
     def read_run(self) -> dict[str, Any] | None:
         """What `run.json` says; None before the first start."""
-        return files.read_json(self.run) if self.run.exists() else None
+        try:
+            record = files.read_json(self.run) if self.run.exists() else None
+            return None if record is None else {'config': record['config'], **record}
+        except (ValueError, KeyError) as error:
+            raise StorageError(f'{self.run} is damaged', 'give another --workdir, or mend the file by hand') from error
 
     def read_summary(self) -> dict[str, Any] | None:
         """What `summary.json` says; None before the end."""
@@ -59,6 +66,20 @@ class RunDirectory:
     def read_metrics(self) -> list[dict[str, Any]]:
         """All records of `metrics.jsonl`."""
         return list(files.read_json_lines(self.metrics)) if self.metrics.exists() else []
+
+    @contextlib.contextmanager
+    def owned(self) -> Iterator[None]:
+        """Holds the folder for this process while it trains.
+
+        Raises:
+          UsageError: another process trains in it.
+        """
+        with open(self.path / '.lock', 'w', encoding='utf-8') as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UsageError(f'another process trains in {self.path}', 'wait for it, or give another --workdir') from error
+            yield
 
     def has_progress(self) -> bool:
         """Whether there is something to lose: a checkpoint or a summary."""

@@ -36,12 +36,12 @@ def check_fingerprint(directory: RunDirectory, fingerprint: str, allow_change: b
         )
 
 
-def first_state(parts: Parts, experiment: Experiment, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, float], str]:
-    """The state to begin with, the seconds already spent by phase, and where the state came from, in words."""
+def first_state(parts: Parts, experiment: Experiment, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any], str]:
+    """The state to begin with, what its checkpoint says beside (empty if there is none), and where it came from, in words."""
     step = checkpoints.latest()
     if step is not None:
         state, meta = checkpoints.restore(step, parts.abstract)
-        return state, meta['seconds'], f'resumed from step {step}'
+        return state, meta, f'resumed from step {step}'
     if experiment.init_from is not None:
         return _from_other(parts, pathlib.Path(experiment.init_from)), {}, f'parameters from {experiment.init_from}'
     return parts.init(), {}, 'started from scratch'
@@ -52,7 +52,7 @@ def _from_other(parts: Parts, path: pathlib.Path) -> TrainState:
     folder = RunDirectory(path).checkpoints
     if not folder.is_dir():
         raise UsageError(f'config.init_from={str(path)!r} holds no checkpoints', 'give the --workdir of a run')
-    with Checkpoints(folder) as source:
+    with Checkpoints(folder, writable=False) as source:
         step = source.latest()
         if step is None:
             raise UsageError(

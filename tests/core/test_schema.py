@@ -111,3 +111,42 @@ def test_what_the_program_supplies_is_no_argument_of_a_config():
 def test_component_texts_execute_nothing(text):
     with pytest.raises(UsageError, match='cannot be read'):
         parse_many(text, 'config.data.augment')
+
+
+def test_a_bare_word_stays_one_where_a_word_may_stand():
+    assert override(('task.class_weights', 'balanced')).task.arguments['class_weights'] == 'balanced'
+
+
+def test_a_subclass_of_a_class_in_another_file_keeps_its_arguments(tmp_path, monkeypatch):
+    (tmp_path / 'deeper.py').write_text(
+        'from research.models.cnn import CNN\nfrom elsewhere import Unknown\n\nclass Mine(CNN):\n    extra: int = 1\n\n'
+        'class Strange(Unknown):\n    extra: int = 1\n\nclass Bare:\n    width: int = 1\n'
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert {'features', 'extra', 'dropout'} <= set(signature('model', 'deeper:Mine'))
+    assert signature('model', 'deeper:Strange') is None  # its base cannot be read: it checks itself
+    with pytest.raises(UsageError, match="has no argument 'fetures'"):
+        component('model', 'deeper:Mine(fetures=(3,))', 'config.model')
+    with pytest.raises(UsageError, match='has no field num_outputs'):
+        component('model', 'deeper:Bare', 'config.model')
+
+
+def test_elements_of_tuples_are_checked():
+    for bad in ('(3.5,)', "(32, 'x')"):
+        with pytest.raises(UsageError, match='which is not tuple'):
+            override(('model.hidden', bad))
+
+
+@pytest.mark.parametrize('rules', ['0.1', "(('x',),)", "(('.*', '1'),)", "('.*', 1.0)"])
+def test_rules_that_are_no_pairs_are_refused(rules):
+    with pytest.raises(UsageError):
+        override(('optimizer.rate_rules', rules))
+
+
+def test_the_default_folder_depends_on_what_is_trained_alone():
+    text = 'configs/digits_cnn.py'
+    folder = lambda *overrides, text=text: config_file.default_workdir(text, config_file.resolve(text, overrides)).name  # noqa: E731
+    assert folder() == folder('log.every=7 steps') == folder('checkpoint.keep=5') == 'digits_cnn'
+    others = {folder('seed=1'), folder('seed=2'), folder('model=mlp'), folder(text=text + ':epochs=3')}
+    assert len(others | {'digits_cnn'}) == 5
+    assert folder(text=text + ':epochs=3') == folder('train.duration=3 epochs')

@@ -169,3 +169,19 @@ REFUSED = [
 def test_mistakes_are_refused(arguments, message):
     with pytest.raises(UsageError, match=message):
         regress(**arguments)
+
+
+def test_mixed_examples_count_against_both_targets():
+    task, batch = regress(), draw()
+    variables = task.init(jax.random.key(0), batch)
+    other, share = batch['label'][::-1].copy(), np.linspace(0, 1, 12).astype(np.float32)
+    outputs = np.asarray(task.predict(variables, batch))[:, 0]
+    expected = share * (outputs - batch['label']) ** 2 + (1 - share) * (outputs - other) ** 2
+    found, _ = task.loss(variables, {**batch, 'mix_label': other, 'mix_weight': share}, None, train=True)
+    np.testing.assert_allclose(found['loss'][0], expected.sum(), rtol=1e-5)
+
+
+def test_names_of_classes_are_no_numbers():
+    regress(spec(dtype=np.int32, class_names=('0', '1', '2')))
+    with pytest.raises(UsageError, match="'label' holds classes \\(cat, dog\\)"):
+        regress(spec(dtype=np.int32, class_names=('cat', 'dog')))

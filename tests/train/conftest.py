@@ -37,4 +37,5 @@ def run(tmp_path):
         records = [json.loads(line) for line in (path / 'metrics.jsonl').read_text().splitlines()]
         return summary, records, path
 
+    run_one.path = tmp_path / 'run'
     return run_one

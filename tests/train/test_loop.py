@@ -1,5 +1,6 @@
 """The loop: what a run writes, exact resume, budgets, early stop, best, starting from another run."""
 
+import contextlib
 import json
 
 import jax
@@ -7,9 +8,11 @@ import numpy as np
 import pytest
 
 from research.core.errors import NumericalError, StorageError, UsageError
+from research.train import hooks
 from research.train.checkpoint import Checkpoints
 from research.train.evaluate_run import evaluate_run
 from research.train.loop import train
+from research.train.run_directory import RunDirectory
 from tests.train.conftest import experiment_of
 
 
@@ -64,12 +67,22 @@ def test_a_run_tells_everything(run):
     assert budget['device_seconds'] == pytest.approx(8 * sum(budget['seconds'].values()), rel=0.01)
 
 
-@pytest.mark.parametrize('stop_at', [4, 8])
-def test_k_and_k_steps_equal_2k_bit_for_bit(run, tmp_path, monkeypatch, stop_at):
-    overrides = ('train.ema=0.9', 'model.dropout=0.2', 'data.augment=pad_crop(padding=1)', 'optimizer=adamw')
-    summary, records, whole = run(*overrides, folder='whole')
-    from research.train import hooks
+CAREFUL = {
+    'averaged and augmented': ('train.ema=0.9', 'model.dropout=0.2', 'data.augment=pad_crop(padding=1)', 'optimizer=adamw'),
+    'muon, log out of step': ('optimizer=muon', 'optimizer.clip=adaptive', 'log.every=5 steps', 'data.placement=device'),
+    'microbatches, bfloat16, frozen leaf': (
+        'optimizer=lion', 'train.accumulate=2', 'train.precision=bfloat16',
+        "optimizer.rate_rules=(('Dense_0/.*', None), ('.*', 1.0))",
+    ),
+    'pmap, batch statistics': ('model=cnn(features=(4,), pool=(2,), norm="batch")', 'parallel.compile=pmap', 'optimizer=lamb'),
+}  # fmt: skip
 
+
+@pytest.mark.parametrize('stop_at', [4, 8])
+@pytest.mark.parametrize('name', CAREFUL)
+def test_k_and_k_steps_equal_2k_bit_for_bit(run, tmp_path, monkeypatch, name, stop_at):
+    overrides = CAREFUL[name]
+    summary, records, whole = run(*overrides, folder='whole')
     original = hooks.LogHook.__call__
 
     def interrupted(self, step, state, terms):
@@ -101,7 +114,7 @@ def test_a_changed_config_is_refused_with_the_difference_unless_allowed(run):
     run()
     with pytest.raises(UsageError, match=r'optimizer.learning_rate: 0.001 -> 0.5'):
         run('optimizer.learning_rate=0.5')
-    summary, _, _ = run('log.every=3 steps', 'parallel.compile=pmap')  # does not matter: still complete
+    summary, _, _ = run('log.every=3 steps', 'checkpoint.keep=1')  # does not matter: still complete
     assert summary['step'] == 12
     summary, records, _ = run('train.duration=16 steps', allow_change=True)
     assert summary['step'] == 16
@@ -159,7 +172,7 @@ def test_early_stop_and_its_memory(run):
     )  # fmt: skip
     summary, _, path = run(*overrides)
     assert summary['step'] == 8  # the first evaluation is the best, three more are borne
-    assert 'validation/accuracy has not improved for 3' in summary['stopped_early']
+    assert 'validation/accuracy has not risen for 3' in summary['stopped_early']
     (path / 'summary.json').unlink()
     again, _, _ = run(*overrides)
     assert again['step'] == 8  # stopped for good, also when asked again
@@ -257,3 +270,120 @@ def test_no_transfers_and_no_recompilation_between_log_steps(run, monkeypatch):
     monkeypatch.setattr(loop.build, 'compile_parts', watched)
     run('log.every=6 steps')
     assert compiles == [1]
+
+
+@contextlib.contextmanager
+def death_after(monkeypatch, step):
+    """The process dies after `step` steps."""
+    original = hooks.LogHook.__call__
+
+    def dying(self, k, state, terms):
+        original(self, k, state, terms)
+        if k == step:
+            raise RuntimeError('the machine is gone')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hooks.LogHook, '__call__', dying)
+        with pytest.raises(RuntimeError, match='the machine is gone'):
+            yield
+
+
+def test_a_run_whose_new_config_is_interrupted_is_not_complete(run, monkeypatch):
+    run()
+    with death_after(monkeypatch, 17):
+        run('train.duration=20 steps', allow_change=True)
+    assert run('train.duration=20 steps')[0]['step'] == 20
+
+
+def test_a_new_config_that_does_not_fit_leaves_the_run_to_its_old_one(run):
+    _, _, path = run('train.duration=8 steps')
+    with pytest.raises(StorageError, match='does not fit'):
+        run('model.hidden=(17,)', 'train.duration=8 steps', allow_change=True)
+    assert run('train.duration=8 steps')[0]['step'] == 8
+    assert evaluate_run(path, [])['newest']['step'] == 8
+
+
+def test_a_start_that_failed_before_its_first_step_blocks_nothing(run):
+    with pytest.raises(UsageError, match='holds no checkpoints'):
+        run('init_from=/nowhere')
+    assert run()[0]['step'] == 12
+
+
+def test_evaluating_a_live_run_touches_nothing(run):
+    _, _, path = run()
+    under_way = path / 'checkpoints' / '16.orbax-checkpoint-tmp'
+    under_way.mkdir()
+    (under_way / 'array').write_text('x')
+    evaluate_run(path, [])
+    assert (under_way / 'array').exists()
+
+
+def test_a_second_process_is_refused(run, tmp_path):
+    directory = RunDirectory(tmp_path / 'run')
+    directory.create()
+    with directory.owned(), pytest.raises(UsageError, match='another process trains in'):
+        run()
+    assert run()[0]['step'] == 12
+
+
+def test_the_best_state_is_of_the_course_that_was_kept(run, monkeypatch):
+    overrides = ('checkpoint.best=validation/loss', 'evaluate.every=5 steps', 'checkpoint.every=8 steps')
+    with death_after(monkeypatch, 11):  # best is step 10, the newest checkpoint step 8
+        run(*overrides)
+    summary, records, path = run(*overrides)
+    assert summary['best']['step'] == 10
+    losses = {r['step']: r['loss'] for r in by_split(records, 'validation')}
+    assert summary['best']['metrics']['validation']['loss'] == losses[10]
+    events = [json.loads(line) for line in (path / 'events.jsonl').read_text().splitlines()]
+    assert [e['step'] for e in events if e['event'] == 'save' and e['folder'] == 'best'] == [5, 10, 10]
+
+
+@pytest.mark.parametrize(
+    ('override', 'message'),
+    [
+        ('checkpoint.best=validation/acuracy', "did you mean 'validation/accuracy'"),
+        ('checkpoint.best=test/accuracy', "'test/accuracy' is not measured"),
+        ('train.early_stop.metric=loss', "'loss' is not measured"),
+    ],
+)
+def test_a_metric_that_is_never_measured_cannot_be_watched(run, override, message):
+    with pytest.raises(UsageError, match=message):
+        run(override)
+    with pytest.raises(UsageError, match='nothing is evaluated before the end'):
+        run('checkpoint.best=validation/loss', 'evaluate.every=0 steps')
+
+
+def test_losses_are_watched_downwards_and_scores_upwards():
+    names = ('validation/loss', 'validation/mae', 'validation/accuracy', 'test/f1_macro')
+    assert [hooks.direction(name) for name in names] == ['min', 'min', 'max', 'max']
+
+
+def test_a_run_that_ends_in_bad_numbers_is_not_completed(run):
+    with pytest.raises(NumericalError, match='not finite'):
+        run('optimizer=sgd', 'optimizer.learning_rate=1e30', 'log.every=12 steps')
+
+
+def test_without_the_guard_bad_states_are_not_saved(run, tmp_path):
+    overrides = ('optimizer=sgd', 'optimizer.learning_rate=1e30', 'train.skip_nonfinite=false', 'log.every=12 steps')
+    with pytest.raises(NumericalError, match='its state is not saved'):
+        run(*overrides, 'checkpoint.every=2 steps')
+    kept = [int(p.name) for p in (tmp_path / 'run' / 'checkpoints').iterdir() if p.name.isdigit()]
+    assert all(np.isfinite(v).all() for step in kept for v in saved(tmp_path / 'run', step).values())
+    events = [json.loads(line) for line in (tmp_path / 'run' / 'events.jsonl').read_text().splitlines()]
+    assert (events[-1]['event'], events[-1]['code']) == ('exit', 76)
+
+
+def test_device_seconds_add_up_over_other_numbers_of_devices(run, monkeypatch):
+    with death_after(monkeypatch, 9):
+        run('parallel.devices=8')
+    checkpointed = json.loads((run.path / 'checkpoints' / '8' / 'meta' / 'metadata').read_text())
+    budget = run('parallel.devices=1')[0]['budget']
+    own = sum(budget['seconds'].values()) - sum(checkpointed['seconds'].values())
+    assert budget['device_seconds'] == pytest.approx(checkpointed['device_seconds'] + own, rel=0.02)
+    assert checkpointed['device_seconds'] == pytest.approx(8 * sum(checkpointed['seconds'].values()), rel=0.05)
+
+
+def test_an_evaluation_cannot_move_the_splits(run):
+    _, _, path = run()
+    with pytest.raises(UsageError, match=r'cannot change what was trained: data\.test'):
+        evaluate_run(path, ['data.test=0.6'])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from research.core import rng
+from research.core.errors import UsageError
 from research.data.build import build_splits
 from research.parallel import mesh as meshes
 from research.train import build, step
@@ -211,3 +212,10 @@ def test_the_old_state_is_donated():
         before = parts.init()
         build.compile_parts(parts, changed, mesh)(before, half_masked(source, mesh, 64, 0))
         assert before.params['Dense_0']['kernel'].is_deleted()
+
+
+def test_partition_rules_are_refused_under_pmap():
+    experiment = experiment_of("parallel.rules=(('.*/Dense_0/kernel', (None, 'data')), ('.*', ()))", 'parallel.compile=pmap')
+    parts, mesh, _, _ = parts_of(experiment, 8)
+    with pytest.raises(UsageError, match='which pmap cannot'):
+        build.compile_parts(parts, experiment, mesh)
