@@ -19,4 +19,5 @@ def get_config(epochs: int = 30):
     config.optimizer.learning_rate = 2e-3
     config.optimizer.schedule = {'name': 'cosine', 'warmup': '5%'}
     config.train.duration = f'{epochs} epochs'
+    config.evaluate.every = '5%'
     return config

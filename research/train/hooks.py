@@ -85,9 +85,7 @@ class LogHook:
             return
         in_a_row, total = (int(state.extra['skips'][name]) for name in ('in_a_row', 'total'))
         if in_a_row >= self.run.experiment.train.max_skips:
-            raise NumericalError(
-                f'the loss or gradient of the last {in_a_row} steps before step {step} is not finite', NUMERICAL_FIX
-            )
+            raise NumericalError(f'the last {in_a_row} steps before step {step} are not finite', NUMERICAL_FIX)
         if step == self.run.total_steps and total > step / 2:
             raise NumericalError(f'{total} of {step} steps are not finite', NUMERICAL_FIX)
 

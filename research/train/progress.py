@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 WIDE = 100  # columns from which on the bar has its full width
-FIXED_WIDTH = 66  # spinner, phase, bar, share, steps and elapsed time
+FIXED_WIDTH = 52  # spinner, phase, bar, share and elapsed time
 TABLE_WIDTH = 128
 REFRESH_PER_SECOND = 4  # drawing costs about 3 ms a frame on one core
 
@@ -84,7 +84,8 @@ class Reporter:
 
     def _fitting(self, first: str) -> str:
         """`first` and as many figures as fit beside the bar."""
-        room = self.console.width - (FIXED_WIDTH if self.console.width >= WIDE else FIXED_WIDTH - 18)
+        fixed = (FIXED_WIDTH if self.console.width >= WIDE else FIXED_WIDTH - 18) + len(f'{self._pace.step}/{self._pace.total}')
+        room = self.console.width - fixed
         text = first
         for figure in self._figures:
             if len(text) + 2 + len(figure) > room:
