@@ -274,6 +274,8 @@ def test_the_generated_page_names_every_field_and_component(tmp_path):
     sphinx_config = runpy.run_path(str(ROOT / 'docs' / 'conf.py'))
     sphinx_config['write_reference'](tmp_path / 'page.md')
     text = (tmp_path / 'page.md').read_text()
+    committed = (ROOT / 'docs' / 'reference' / 'configuration.md').read_text()
+    assert committed == text, 'build the documentation and commit docs/reference/configuration.md'
     for path, field in fields.walk(Experiment):
         assert f'`config.{path} = ' in text
         assert sphinx_config['escaped'](field.metadata['meaning']) in text
