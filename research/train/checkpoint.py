@@ -7,7 +7,10 @@ A checkpoint is restored *into* abstract arrays with shardings, so any number of
 and dtype is compared first: nothing is cast, left out or made up.
 """
 
+import contextlib
+import logging
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -26,13 +29,14 @@ class Checkpoints:
         if writable:
             options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         else:  # it may belong to a run that is under way: nothing is touched
-            options = ocp.CheckpointManagerOptions(read_only=True)
+            options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
         handlers = {
             'model': ocp.StandardCheckpointHandler(),
             'training': ocp.StandardCheckpointHandler(),
             'meta': ocp.JsonCheckpointHandler(),
         }
-        self._manager = ocp.CheckpointManager(folder.resolve(), options=options, item_handlers=handlers)
+        with _quiet(not writable):
+            self._manager = ocp.CheckpointManager(folder.resolve(), options=options, item_handlers=handlers)
 
     def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> bool:
         """Saves the state after `step` steps, unless it is saved; returns as soon as the arrays are copied off the device."""
@@ -123,8 +127,20 @@ class Checkpoints:
             )
 
 
+@contextlib.contextmanager
+def _quiet(is_quiet: bool) -> Iterator[None]:
+    """Keeps Orbax from warning that what was opened read-only is read-only."""
+    log = logging.getLogger('absl')
+    before = log.level
+    log.setLevel(logging.ERROR if is_quiet else before)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
 def _split(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The items of a state. Empty parts are left out: Orbax would give them back as None."""
+    """The items of a state."""
     model = {'params': state.params, 'model_state': state.model_state}
     training = {'step': state.step, 'optimizer_state': state.optimizer_state, 'extra': state.extra}
     return model, training
