@@ -4,6 +4,8 @@ Shape letters: N devices. The mesh has one axis, 'data': a batch is cut along it
 partition rule says otherwise.
 """
 
+import os
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -22,7 +24,8 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
     try:
         devices = jax.devices()
     except (RuntimeError, AssertionError) as error:  # a bare AssertionError where JAX_PLATFORMS=cuda meets no GPU
-        raise UsageError(f'jax finds no device: {str(error)[:120]}', 'python launch.py --mode=doctor says why') from error
+        reason = str(error)[:120] or f'JAX_PLATFORMS={os.environ.get("JAX_PLATFORMS")!r}'
+        raise UsageError(f'jax finds no device: {reason}', 'python launch.py --mode=doctor says why') from error
     if num_devices is not None and num_devices > len(devices):
         raise UsageError(
             f'config.parallel.devices={num_devices}, but jax sees {len(devices)} {devices[0].platform} device(s)',

@@ -252,24 +252,27 @@ def test_an_unknown_split_or_batch_that_devices_cannot_share_is_told_at_once(run
         run('parallel.devices=9')
 
 
-def test_no_transfers_and_no_recompilation_between_log_steps(run, monkeypatch):
-    from research.train import loop
+def test_nothing_is_fetched_or_compiled_between_log_steps(run, monkeypatch):
+    fetches, compilations, seen = [], [], {}
+    fetch = jax.device_get
+    monkeypatch.setattr(jax, 'device_get', lambda tree: fetches.append(1) or fetch(tree))
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, seconds, **_: compilations.append(name) if name.endswith('backend_compile_duration') else None
+    )
+    original = hooks.LogHook.__call__
 
-    original, compiles = loop.build.compile_parts, []
+    def counting(self, step, state, terms):
+        original(self, step, state, terms)
+        seen[step] = (len(fetches), len(compilations))
 
-    def watched(*arguments):
-        step = original(*arguments)
-
-        def guarded(state, batch):
-            with jax.transfer_guard_device_to_host('disallow'):
-                return step(state, batch)
-
-        compiles.append(1)
-        return guarded
-
-    monkeypatch.setattr(loop.build, 'compile_parts', watched)
-    run('log.every=6 steps')
-    assert compiles == [1]
+    monkeypatch.setattr(hooks.LogHook, '__call__', counting)
+    run('log.every=10 steps', 'train.duration=30 steps', 'evaluate.every=0 steps', 'checkpoint.every=0 steps')
+    assert len(compilations) > 0
+    assert seen[3] == seen[9]
+    assert seen[10][0] == seen[9][0] + 1
+    assert seen[11] == seen[19]
+    assert seen[20] == (seen[19][0] + 1, seen[19][1])  # nothing is compiled after the first record
+    assert seen[21] == seen[29]
 
 
 @contextlib.contextmanager
