@@ -52,11 +52,14 @@ def test_train_then_again_says_complete_in_seconds(tmp_path):
 
 
 def test_jit_and_pmap_on_eight_devices_give_the_losses_of_one(tmp_path):
+    # Nesterov, whose update is linear in the gradient: Adam turns the rounding of a gradient near zero into a whole step, so
+    # that over several steps it is not this program that would be tested (BENCHMARKS.md, devices).
     losses = {}
     for name, devices, kind in (('one', 1, 'jit'), ('jit', 8, 'jit'), ('pmap', 8, 'pmap')):
         done = launch(
             '--config=configs/digits_cnn.py', '--config.train.duration=10 steps', '--config.log.every=1 step',
-            f'--config.parallel.compile={kind}', f'--workdir={tmp_path}/{name}', devices=devices,
+            f'--config.parallel.compile={kind}', f'--workdir={tmp_path}/{name}', '--config.optimizer=nesterov',
+            '--config.optimizer.learning_rate=0.05', devices=devices,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         losses[name] = [r['loss'] for r in records(tmp_path / name) if r['split'] == 'train']
