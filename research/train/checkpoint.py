@@ -1,7 +1,8 @@
 """Checkpoints of the whole experiment, by Orbax: one folder a step, written in the background.
 
 Three items: `model` (parameters and model state: what another run can start from), `training` (step, optimiser, what the
-wrappers keep) and `meta` (the clock). There is no data position: data are a function of the step.
+wrappers keep) and `meta` (the clock, and the sums of an open log record). There is no data position: data are a function of
+the step.
 
 A checkpoint is restored *into* abstract arrays with shardings, so any number of devices can read it. Every leaf's name, shape
 and dtype is compared first: nothing is cast, left out or made up.

@@ -1,7 +1,7 @@
 """Hooks: what happens beside the steps. Each is called after every step as `hook(step, state, terms)`, in the order listed.
 
 The order is log, evaluate, checkpoint, early stop: a checkpoint is judged by an evaluation of the same step. No hook keeps
-anything that a restart would lose: what they must know of the past they read from `metrics.jsonl`.
+anything that a restart would lose: what they must know of the past stands in `metrics.jsonl` or in the checkpoint.
 """
 
 import math

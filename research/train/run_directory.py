@@ -2,7 +2,7 @@
 
 run.json         what was asked for and with what: config, command, versions, devices, data fingerprint; before step 0
 metrics.jsonl    one line a record {"step", "split", "time", NAME: value}: the source of truth
-events.jsonl     one line an event: start, compile, save, restore, signal, exit
+events.jsonl     one line an event: start (and from where), compile, save, signal, exit
 checkpoints/     one folder a step; best/: the best step; tensorboard/: event files
 summary.json     at the end: status, metrics, and what the run spent
 """
