@@ -1,9 +1,10 @@
-"""Small file operations that survive a crash: atomic writes, JSON lines, fingerprints."""
+"""Small file operations that survive a crash: atomic writes, JSON lines, fingerprints; and where this user's files lie."""
 
 import hashlib
 import json
 import os
 import pathlib
+import stat
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -63,3 +64,27 @@ def digest(parts: Iterable[bytes | str], length: int = 16) -> str:
         data = part.encode() if isinstance(part, str) else part
         state.update(len(data).to_bytes(8, 'little') + data)
     return state.hexdigest()
+
+
+def data_folder() -> pathlib.Path:
+    """Where fetched data sets lie (`python -m bench.data`): $FULCRUM_DATA, else a folder of this user's."""
+    chosen = os.environ.get('FULCRUM_DATA')
+    return pathlib.Path(chosen).expanduser() if chosen else pathlib.Path.home() / '.cache' / 'fulcrum' / 'data'
+
+
+def cache_folder(kind: str) -> pathlib.Path:
+    """Where things of a kind ('tokenizers', 'tokens') that can be made again are kept; $FULCRUM_CACHE moves it."""
+    chosen = os.environ.get('FULCRUM_CACHE')
+    return (pathlib.Path(chosen) if chosen else pathlib.Path.home() / '.cache' / 'fulcrum') / kind
+
+
+def problem_of_folder(path: pathlib.Path) -> str | None:
+    """Why `path` cannot serve as a private folder (it is made where it is missing); None if it can."""
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        status = path.stat()
+    except OSError as error:
+        return f'{path} cannot be made: {error.strerror}'
+    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f'{path} can be written by others; run: chmod 700 {path}'
+    return None

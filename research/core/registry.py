@@ -15,8 +15,9 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import inspect
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from research.core.errors import UsageError, nearest
@@ -46,6 +47,10 @@ class Component:
         """Imports the component and calls it with what the program supplies and the config's arguments."""
         return self.load()(*supplied, **supplied_by_name, **self.arguments)
 
+    def bound(self) -> Callable[..., Any]:
+        """Imports the component and binds the config's arguments: what `call` fills up."""
+        return functools.partial(self.load(), **self.arguments)
+
     def load(self) -> Any:
         """Imports the component and returns the function or class itself."""
         module, thing = address(self.kind, self.name).split(':')
@@ -53,6 +58,14 @@ class Component:
 
     def __str__(self) -> str:
         return f'{self.name}({", ".join(f"{k}={v!r}" for k, v in self.arguments.items())})' if self.arguments else self.name
+
+
+def call(function: Callable[..., Any], **available: Any) -> Any:
+    """Calls `function` (a class too) with those of `available` that it has parameters for."""
+    parameters = inspect.signature(function).parameters.values()
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    names = {p.name for p in parameters}
+    return function(**{name: value for name, value in available.items() if takes_all or name in names})
 
 
 def component(kind: str, value: Any, where: str) -> Component:

@@ -38,6 +38,15 @@ class Data:
         None, "data budget: train on a nested, class-stratified subset, '5%' or '1000 examples'; None: all"
     )
     subset_seed: int = value(0, 'which nested family of subsets a budget draws from', low=0)
+    tokenizer: Component | None = value(
+        None, "between text and token ids; made from the training texts, e.g. 'bpe(vocabulary_size=8192)'", kind='tokenizer'
+    )
+    transforms: tuple[Component, ...] = value(
+        (),
+        'what all splits go through before training, in order; it learns from the training split alone',
+        kind='transform',
+        many=True,
+    )
     batch_size: int = value(128, 'examples in one step, over all devices and hosts', unit='examples', low=1)
     evaluation_batch_size: int = value(
         512, 'examples in one evaluation batch, over all devices', unit='examples', low=1, resumable=True

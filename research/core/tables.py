@@ -10,6 +10,8 @@ TABLES: dict[str, dict[str, str]] = {
         'npz': 'research.data.sources.npz:npz',
         'table': 'research.data.sources.table:table',
     },
+    'tokenizer': {},
+    'transform': {},
     'augmentation': {
         'flip': 'research.data.augment:flip',
         'pad_crop': 'research.data.augment:pad_crop',
@@ -24,11 +26,22 @@ TABLES: dict[str, dict[str, str]] = {
     'model': {
         'cnn': 'research.models.cnn:CNN',
         'mlp': 'research.models.mlp:MLP',
+        'resnet': 'research.models.resnet:ResNet',
+        'resnet18': 'research.models.resnet:ResNet18',
+        'resnet34': 'research.models.resnet:ResNet34',
+        'resnet50': 'research.models.resnet:ResNet50',
+        'resnet101': 'research.models.resnet:ResNet101',
+        'resnet20': 'research.models.resnet:ResNet20',
+        'resnet56': 'research.models.resnet:ResNet56',
+        'wrn_28_2': 'research.models.resnet:WideResNet',
+        'wrn_16_4': 'research.models.resnet:WideResNet16x4',
+        'wrn_28_10': 'research.models.resnet:WideResNet28x10',
     },
     'task': {
         'classify': 'research.tasks.classify:Classify',
         'regress': 'research.tasks.regress:Regress',
     },
+    'adapter': {},
     'optimizer': {
         'sgd': 'research.optim.optimizers:sgd',
         'momentum': 'research.optim.optimizers:momentum',
@@ -61,4 +74,7 @@ TABLES: dict[str, dict[str, str]] = {
 }
 
 # Fields of class components that the program fills in (a dataclass has no positional-only parameters).
-SUPPLIED = {'model': {'num_outputs', 'parent', 'name'}, 'task': {'model', 'data', 'dtype'}}
+SUPPLIED = {
+    'model': {'num_outputs', 'vocabulary_size', 'cardinalities', 'parent', 'name'},
+    'task': {'model', 'data', 'dtype', 'restore'},
+}

@@ -1,25 +1,67 @@
-"""From the data section of an experiment to splits and their description."""
+"""From the data section of an experiment to splits and their description.
+
+source -> splits by hash -> data budget -> tokenizer (from the training texts) -> transforms (learn from training alone)
+"""
+
+import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 
 from research.core import registry, schema
+from research.core.errors import UsageError
 from research.data import augment, source, splits
 from research.data.augment import Augmentation
-from research.data.source import DataSpec, Source
+from research.data.source import DataSet, DataSpec, Source
+
+BLOCK = 1024  # examples that are read at once
 
 
 def build_splits(data: schema.Data) -> tuple[dict[str, Source], DataSpec]:
     """The splits of an experiment ('train' cut to the data budget) and what a task must know of them."""
-    dataset = data.source.build()
-    parts = splits.split(dataset, data.validation, data.test)
+    raw = data.source.build()
+    parts = splits.split(raw, data.validation, data.test)
     budget = None if data.budget is None else schema.parse_budget(data.budget)
     parts['train'] = splits.subset(parts['train'], budget, data.subset_seed)
-    labels = parts['train'].labels() if dataset.class_names else None
+    dataset = dataclasses.replace(raw, splits=parts)
+    if data.tokenizer is not None:
+        dataset = dataclasses.replace(dataset, tokenizer=data.tokenizer.build(Texts(parts['train'])))
+    for transform in data.transforms:
+        dataset = transform.build()(dataset)
+    return dataset.splits, describe(dataset)
+
+
+def describe(dataset: DataSet) -> DataSpec:
+    """What a task must know of a data set with a training split.
+
+    Raises:
+      UsageError: its examples hold text that nothing has turned into numbers.
+    """
+    train = dataset.splits['train']
+    examples = source.example_spec(train)
+    texts = sorted(key for key, (_, dtype) in examples.items() if dtype.kind == 'O')
+    if texts:
+        raise UsageError(
+            f'the examples hold text ({", ".join(texts)}), which no model reads',
+            "set config.data.tokenizer and config.data.transforms, e.g. 'byte' and 'pad(length=128)'",
+        )
+    labels = train.labels() if dataset.class_names else None
     counts = None if labels is None else np.bincount(labels, minlength=len(dataset.class_names or ()))
-    spec = DataSpec(
-        source.example_spec(parts['train']), dataset.class_names, None if counts is None else tuple(int(c) for c in counts)
-    )
-    return parts, spec
+    class_counts = None if counts is None else tuple(int(c) for c in counts)
+    return DataSpec(examples, dataset.class_names, class_counts, dataset.tokenizer, dataset.cardinalities)
+
+
+class Texts:
+    """All texts of a source, example by example and column by column; can be gone through any number of times."""
+
+    def __init__(self, documents: Source):
+        self.source = documents
+
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, len(self.source), BLOCK):
+            block = self.source[np.arange(start, min(start + BLOCK, len(self.source)))]
+            for _, column in sorted((key, column) for key, column in block.items() if column.dtype == object):
+                yield from column
 
 
 def build_augmentation(components: tuple[registry.Component, ...]) -> Augmentation:

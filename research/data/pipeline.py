@@ -11,29 +11,16 @@ data set on every device and sends only indices. `Prefetcher` runs either ahead 
 import queue
 import threading
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
 
-from research.data.plan import EvaluationPlan, TrainPlan
+from research.data.plan import Plan
 from research.data.source import Source
 
 Batch = dict[str, Any]
 Feed = Callable[[int], Batch]
-
-
-class Plan(Protocol):
-    """What a feed follows: the global batch of a step as (indices, epochs, mask), each (B,)."""
-
-    @property
-    def batch_size(self) -> int:
-        """B, the size of the global batch."""
-        ...
-
-    def batch(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The examples of one step."""
-        ...
 
 
 def _local(plan: Plan, step: int) -> tuple[np.ndarray, Batch]:
@@ -126,6 +113,6 @@ class Prefetcher:
             step += 1
 
 
-def make_feed(source: Source, plan: TrainPlan | EvaluationPlan, sharding: jax.sharding.NamedSharding, placement: str) -> Feed:
+def make_feed(source: Source, plan: Plan, sharding: jax.sharding.NamedSharding, placement: str) -> Feed:
     """The feed for `placement` 'host' or 'device'."""
     return {'host': HostFeed, 'device': DeviceFeed}[placement](source, plan, sharding)

@@ -15,6 +15,7 @@ is visibly not uniform.) Both are the same on every machine and for every librar
 
 import dataclasses
 import functools
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -64,6 +65,25 @@ def mix(x: np.ndarray) -> np.ndarray:
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+class Plan(Protocol):
+    """The global batch of every step."""
+
+    @property
+    def batch_size(self) -> int:
+        """B, the size of the global batch."""
+        ...
+
+    def batch(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(indices, epochs, mask) of one step, each (B,): int64, int64, float32."""
+        ...
+
+
+def plan_of(source: Any, batch_size: int, seed: int) -> Plan:
+    """The order of training over `source`: its own `plan(batch_size, seed)` where it has one, else shuffled epochs."""
+    own = getattr(source, 'plan', None)
+    return TrainPlan(len(source), batch_size, seed) if own is None else own(batch_size, seed)
 
 
 @dataclasses.dataclass(frozen=True)

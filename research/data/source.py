@@ -8,7 +8,8 @@ Shape letters: n examples of a source, B indices of one block.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -36,13 +37,61 @@ class Source(Protocol):
         ...
 
 
+class Tokenizer(Protocol):
+    """Between text and token ids. Special tokens that it does not have are None.
+
+    Attributes:
+      vocabulary_size: V; ids are 0 ... V - 1.
+      byte_lengths: (V,) int32, how many bytes of UTF-8 each token stands for; 0 for special tokens.
+      fingerprint: a digest of its whole definition.
+    """
+
+    vocabulary_size: int
+    byte_lengths: np.ndarray
+    fingerprint: str
+    pad: int | None
+    bos: int | None
+    eos: int | None
+    unknown: int | None
+    mask: int | None
+    cls: int | None
+    sep: int | None
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each text, (T,) int32, without special tokens."""
+        ...
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of `ids`; special tokens are left out."""
+        ...
+
+    def save(self, folder: str | pathlib.Path) -> None:
+        """Writes what is needed to make it again into `folder`."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class DataSet:
-    """Splits by name ('train', 'test', 'validation', or one 'all' that is still to be split) and the names of the classes."""
+    """Splits of examples, and what is known of them.
+
+    Attributes:
+      name: what it is called.
+      splits: 'train', 'test', 'validation', or one 'all' that is still to be split.
+      class_names: the names of the classes; None for data without any.
+      tokenizer: between text and token ids; None as long as there is none.
+      cardinalities: for each column of 'category' how many values it can have.
+    """
 
     name: str
     splits: dict[str, Source]
     class_names: tuple[str, ...] | None = None
+    tokenizer: Tokenizer | None = None
+    cardinalities: tuple[int, ...] = ()
+
+    def map(self, function: Callable[[Source], Source], **changes: Any) -> 'DataSet':
+        """The data set with `function` applied to every split, and other `changes`."""
+        splits = {name: function(source) for name, source in self.splits.items()}
+        return dataclasses.replace(self, splits=splits, **changes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +102,15 @@ class DataSpec:
       examples: for each key of a batch the (shape, dtype) of one example, without the batch axis.
       class_names: the names of the classes; None for regression.
       class_counts: examples of each class in the training split; None without classes.
+      tokenizer: between text and token ids; None for data that are no text.
+      cardinalities: for each column of 'category' how many values it can have.
     """
 
     examples: dict[str, tuple[tuple[int, ...], np.dtype]]
     class_names: tuple[str, ...] | None = None
     class_counts: tuple[int, ...] | None = None
+    tokenizer: Tokenizer | None = None
+    cardinalities: tuple[int, ...] = ()
 
     @property
     def num_classes(self) -> int | None:
@@ -66,13 +119,13 @@ class DataSpec:
 
 
 class ArraySource:
-    """Arrays in memory that share a leading axis n. The hash of an example covers the bytes of all its arrays."""
+    """Arrays in memory that share a leading axis n; text is an object array of str. All arrays count for an example's hash."""
 
     def __init__(self, arrays: Mapping[str, np.ndarray], label: str | None = 'label'):
         lengths = {key: len(value) for key, value in arrays.items()}
         if len(set(lengths.values())) != 1:
             raise ValueError(f'arrays of one source must share their leading axis, got {lengths}')
-        self.arrays = {key: np.ascontiguousarray(value) for key, value in arrays.items()}
+        self.arrays = {key: np.ascontiguousarray(value) for key, value in arrays.items()}  # (n, ...)
         self._length = next(iter(lengths.values()))
         self._label = label if label in self.arrays else None
 
@@ -84,8 +137,8 @@ class ArraySource:
 
     @functools.cached_property
     def _keys(self) -> np.ndarray:
-        rows = [np.asarray(a).reshape(self._length, -1).view(np.uint8) for _, a in sorted(self.arrays.items())]
-        return np.array([key_of(b''.join(row[i].tobytes() for row in rows)) for i in range(self._length)], np.uint64)
+        columns = [_as_bytes(array) for _, array in sorted(self.arrays.items())]
+        return np.array([key_of(b''.join(parts)) for parts in zip(*columns, strict=True)], np.uint64)
 
     def keys(self) -> np.ndarray:
         """A hash of each example's bytes, (n,) uint64: equal examples share it, so a split by hash never separates them."""
@@ -94,6 +147,15 @@ class ArraySource:
     def labels(self) -> np.ndarray | None:
         """The label array, (n,); None without one."""
         return self.arrays[self._label] if self._label else None
+
+
+def _as_bytes(array: np.ndarray) -> list[bytes]:
+    """The bytes of each row of an array (n, ...); of a text (n,) its UTF-8 behind its length."""
+    if array.dtype == object:
+        encoded = [text.encode() for text in array]
+        return [len(data).to_bytes(8, 'little') + data for data in encoded]
+    rows = array.reshape(len(array), -1).view(np.uint8)
+    return [row.tobytes() for row in rows]
 
 
 class Subset:

@@ -28,10 +28,28 @@ def axis_name(kind: str) -> str | None:
 def compile_step(step: Step, mesh: Mesh, kind: str, batch: Any, state: Any) -> Step:
     """Compiles `step` ahead of time for abstract `state` and `batch` (trees of ShapeDtypeStruct with shardings).
 
-    The state's buffers are donated: the caller must not use the state that it passed in.
+    The state's buffers are donated: the caller must not use the state that it passed in. A batch of another shape (rows that
+    are padded to a shorter length) is compiled for when it first comes.
     """
-    if kind == 'pmap':
-        return _pmap(step, mesh, batch, state)
+    make = _pmap if kind == 'pmap' else _jit
+    programs = {_shapes(batch): make(step, mesh, batch, state)}
+
+    def compiled(now: Any, given: Any) -> tuple[Any, Any]:
+        shapes = _shapes(given)
+        if shapes not in programs:
+            like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), given)
+            programs[shapes] = make(step, mesh, like, state)
+        return programs[shapes](now, given)
+
+    return compiled
+
+
+def _shapes(batch: Any) -> tuple:
+    return tuple((name, leaf.shape) for name, leaf in sorted(batch.items()))
+
+
+def _jit(step: Step, mesh: Mesh, batch: Any, state: Any) -> Step:
+    """The step over global arrays."""
     shardings, replicated = jax.tree.map(lambda leaf: leaf.sharding, state), meshes.replicated(mesh)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
     return jitted.lower(state, batch).compile()

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from research.core import rng
+from research.core import registry, rng
 from research.core.durations import Facts
 from research.core.schema import Experiment, Optimizer, Train
 from research.data.build import build_augmentation
@@ -33,7 +33,7 @@ from research.train.step import Step
 def make_task(experiment: Experiment, spec: DataSpec) -> Task:
     """The task with its model, for data like `spec`."""
     dtype = jnp.dtype(experiment.train.precision)
-    return experiment.task.build(model=experiment.model.build, data=spec, dtype=dtype)
+    return registry.call(experiment.task.bound(), model=experiment.model.bound(), data=spec, dtype=dtype)
 
 
 def abstract_batch(spec: DataSpec, size: int, sharding: Any = None) -> dict[str, jax.ShapeDtypeStruct]:

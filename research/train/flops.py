@@ -19,8 +19,8 @@ def count(function: Callable[..., Any], *arguments: Any) -> float | None:
     return float(flops) if flops else None
 
 
-def table(module: nn.Module, inputs: jax.ShapeDtypeStruct, width: int = 128) -> str:
-    """The layers of a module: outputs, parameters with bytes, FLOPs forward and forward-and-backward, for `inputs` (B, ...)."""
+def table(module: nn.Module, arguments: dict[str, jax.ShapeDtypeStruct], width: int = 128) -> str:
+    """The layers of a module called with `arguments`: outputs, parameters with bytes, FLOPs forward and of both passes."""
     make_table = tabulate(
         module,
         jax.random.key(0),
@@ -28,4 +28,5 @@ def table(module: nn.Module, inputs: jax.ShapeDtypeStruct, width: int = 128) -> 
         compute_vjp_flops=True,
         console_kwargs={'width': width, 'force_terminal': False},
     )
-    return make_table(jax.numpy.zeros(inputs.shape, inputs.dtype), train=False)
+    zeros = {name: jax.numpy.zeros(leaf.shape, leaf.dtype) for name, leaf in arguments.items()}
+    return make_table(zeros.pop('inputs'), train=False, **zeros)

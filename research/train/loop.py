@@ -22,7 +22,7 @@ from research.core.schema import Experiment
 from research.core.terms import Terms
 from research.data.build import build_augmentation, build_splits
 from research.data.pipeline import Prefetcher, make_feed
-from research.data.plan import EvaluationPlan, TrainPlan
+from research.data.plan import EvaluationPlan, plan_of
 from research.data.source import Source, fingerprint
 from research.parallel import cache
 from research.parallel import mesh as meshes
@@ -131,8 +131,8 @@ def _introduce(run: Run, task: Task, parts: build.Parts) -> None:
     """Says what is about to be done, before anything is paid for."""
     experiment, facts = run.experiment, run.facts
     if experiment.log.model_table:
-        inputs = build.preprocessed(experiment, parts.batch)[task.inputs]
-        run.reporter.say(flops.table(task.module, inputs, run.reporter.table_width))
+        arguments = jax.eval_shape(task.arguments, build.preprocessed(experiment, parts.batch))
+        run.reporter.say(flops.table(task.module, arguments, run.reporter.table_width))
     num_parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parts.abstract.params))
     step_flops = 'unknown' if facts.step_flops is None else f'{facts.step_flops:.3g}'
     sizes = ', '.join(f'{name} {len(run.splits[name]):,}' for name in ('train', 'validation', 'test') if name in run.splits)
@@ -179,7 +179,7 @@ def _steps(run: Run, step: Step, state: TrainState, hooks: list[Hook], stop: Sto
     """The steps that are left, each followed by the hooks."""
     experiment = run.experiment
     source, first = run.splits['train'], int(state.step)
-    plan = TrainPlan(len(source), experiment.data.batch_size, experiment.seed)
+    plan = plan_of(source, experiment.data.batch_size, experiment.seed)
     feed = make_feed(source, plan, meshes.batch_sharding(run.mesh), experiment.data.placement)
     in_flight: collections.deque[Terms] = collections.deque()
     run.reporter.begin(first, run.total_steps)

@@ -59,7 +59,7 @@ def test_the_model_table_shows_shapes_parameters_bytes_and_flops():
     experiment = experiment_of()
     _, spec = build_splits(experiment.data)
     task = build.make_task(experiment, spec)
-    text = flops.table(task.module, jax.ShapeDtypeStruct((64, 8, 8, 1), jnp.float32))
+    text = flops.table(task.module, {'inputs': jax.ShapeDtypeStruct((64, 8, 8, 1), jnp.float32)})
     for word in ('Dense_0', 'float32[64,16]', '1,040 (4.2 KB)', 'flops', 'vjp_flops', 'Total Parameters: 1,210'):
         assert word in text
 
