@@ -2,10 +2,11 @@
 
 python launch.py --config=configs/NAME.py[:argument=value,...] [--config.section.key=value ...] [--workdir=DIR] [--mode=MODE]
 
-Modes: train (default), evaluate (of the run in --workdir), show (the resolved config with every field's meaning), doctor (is
-this machine ready?). The same command resumes. Exit codes: 0 done, 2 usage, 74 storage, 75 stopped, 76 numbers, 77 permission.
+Modes: train (default), evaluate and export (the run in --workdir), show (the resolved config with every field's meaning), doctor
+(this machine). The same command resumes. Exit: 0 done, 2 usage, 74 storage, 75 stopped, 76 numbers, 77 permission.
 """
 
+import importlib
 import os
 import pathlib
 import sys
@@ -19,14 +20,15 @@ except ImportError:
 from research.core import config_file, schema
 from research.core.errors import ExitCode, FulcrumError, UsageError, explain
 
-MODES = ('train', 'evaluate', 'show', 'doctor')
+RUN_MODES = {'evaluate': 'research.train.evaluate_run', 'export': 'research.serve.export'}  # of the run in --workdir
+MODES = ('train', *RUN_MODES, 'show', 'doctor')
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string('config', None, 'Config file, configs/NAME.py[:argument=value,...].', FLAGS)
 flags.DEFINE_string('workdir', None, 'Run directory; default runs/NAME, with a hash where the config is overridden.', FLAGS)
 flags.DEFINE_enum('mode', 'train', MODES, 'What to do.', FLAGS)
 flags.DEFINE_bool('allow_config_change', False, 'Resume a run although its config changed in a way that matters.', FLAGS)
-flags.DEFINE_bool('trust_run', False, 'Evaluate a run whose record names components of your own.', FLAGS)
+flags.DEFINE_bool('trust_run', False, 'Evaluate or export a run whose record names components of your own.', FLAGS)
 flags.DEFINE_bool('debug', False, 'Show the whole traceback of an error.', FLAGS)
 flags.DEFINE_bool('help', False, 'Show this help; --mode=show lists every config field.', FLAGS)
 
@@ -71,12 +73,10 @@ def dispatch(overrides: list[str]) -> None:
         from research.train import doctor
 
         return doctor.report(pathlib.Path(FLAGS.workdir or 'runs'))
-    if FLAGS.mode == 'evaluate' and FLAGS.workdir is None:
+    if FLAGS.mode in RUN_MODES and FLAGS.workdir is None:
         raise UsageError('--workdir is missing', 'for example --workdir=runs/digits_cnn')
-    if FLAGS.mode == 'evaluate':
-        from research.train import evaluate_run
-
-        return evaluate_run.report(pathlib.Path(FLAGS.workdir), overrides, FLAGS.trust_run)
+    if FLAGS.mode in RUN_MODES:
+        return importlib.import_module(RUN_MODES[FLAGS.mode]).report(pathlib.Path(FLAGS.workdir), overrides, FLAGS.trust_run)
     experiment = load(overrides)
     if FLAGS.mode == 'show':
         from research.core import show

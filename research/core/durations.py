@@ -1,4 +1,5 @@
-"""One algebra of durations: '2000 steps', '10 epochs', '50000 examples', '1e15 flops', '5%' (of the whole run).
+"""One algebra of durations: '2000 steps', '10 epochs', '50000 examples', '1e9 tokens', '1e15 flops', '5%' (of
+the whole run).
 
 The train loop knows only steps; everything else is turned into steps here, once, from the facts of the run.
 With batch size 32 and 1,000 training examples: '10 epochs' = 10,000 examples = 313 steps (the last one starts the eleventh
@@ -11,7 +12,7 @@ import re
 
 from research.core.errors import UsageError
 
-UNITS = ('steps', 'epochs', 'examples', 'flops', '%')
+UNITS = ('steps', 'epochs', 'examples', 'tokens', 'flops', '%')
 PATTERN = re.compile(r'\s*([0-9_]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Z%]+)\s*')
 
 
@@ -23,6 +24,7 @@ class Facts:
     epoch_examples: int | None = None  # examples of one pass over the (budgeted) training data
     step_flops: float | None = None  # FLOPs of one step over the global batch, forward and backward
     total_steps: int | None = None  # the length of the run; '%' counts against it
+    example_tokens: float | None = None  # tokens of an example, padding left out, on average; None: no text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Duration:
         return f'{self.amount:g}%' if self.unit == '%' else f'{self.amount:.17g} {self.unit}'
 
     def to_steps(self, facts: Facts) -> int:
-        """The duration in steps: examples and epochs rounded up (all are seen), FLOPs rounded down (never overspent).
+        """The duration in steps: examples, tokens and epochs rounded up (all are seen), FLOPs rounded down (never overspent).
 
         A positive duration is at least one step; zero stays zero.
 
@@ -56,6 +58,8 @@ class Duration:
         """Steps in one unit."""
         if self.unit == 'examples':
             return 1 / facts.batch_size
+        if self.unit == 'tokens' and facts.example_tokens:
+            return 1 / (facts.batch_size * facts.example_tokens)
         if self.unit == 'epochs' and facts.epoch_examples:
             return facts.epoch_examples / facts.batch_size
         if self.unit == 'flops' and facts.step_flops:
@@ -72,7 +76,7 @@ def parse(text: str) -> Duration:
       UsageError: not 'AMOUNT UNIT' with a known unit, or a fraction of a step.
     """
     found = PATTERN.fullmatch(text) if isinstance(text, str) else None
-    examples = "'10 epochs', '2000 steps', '50000 examples', '1e15 flops' or '5%'"
+    examples = "'10 epochs', '2000 steps', '50000 examples', '1e9 tokens', '1e15 flops' or '5%'"
     if not found:
         raise UsageError(f'{text!r} is not a duration', f'write {examples}')
     amount, unit = float(found[1]), found[2].lower()

@@ -95,6 +95,9 @@ class Optimizer:
     rate_rules: tuple[tuple[str, float | None], ...] = value(
         (('.*', 1.0),), 'named-leaf rules: multiplier of the learning rate; None freezes the leaf', rules=True
     )
+    layer_decay: float = value(
+        1.0, 'factor on the learning rate from each layer to the one below (the lowest learn least); 1: none', above=0.0, high=1.0
+    )
     clip: Component | None = value(None, 'gradient clipping', kind='clip')
 
     @property
@@ -119,7 +122,9 @@ class EarlyStop:
 class Train:
     """How long and how one step is taken."""
 
-    duration: Duration = value('10 epochs', "compute budget: '10 epochs', '2000 steps', '50000 examples' or '1e15 flops'")
+    duration: Duration = value(
+        '10 epochs', "compute budget: '10 epochs', '2000 steps', '50000 examples', '1e9 tokens' or '1e15 flops'"
+    )
     accumulate: int = value(1, 'microbatches whose gradients are added up to one step', low=1)
     precision: str = value('float32', 'dtype of the computation; parameters stay float32', choices=('float32', 'bfloat16'))
     ema: float = value(0.0, 'decay of the parameter average that is evaluated; 0: none', low=0.0, high=1.0)
@@ -136,6 +141,9 @@ class Evaluate:
 
     every: Duration = value('10%', "period of the evaluations; '0 steps': only at the end")
     splits: tuple[str, ...] = value(('validation',), 'splits of the periodic evaluations')
+    limit: int | None = value(
+        None, 'periodic evaluations see about so many examples of a split, in evenly spaced batches; None: all', low=1
+    )
     final: tuple[str, ...] = value(('validation', 'test'), 'splits evaluated at the end', resumable=True)
 
 
@@ -167,9 +175,25 @@ class Parallel:
 
     compile: str = value('jit', 'jit with NamedSharding, or pmap over the data axis', choices=('jit', 'pmap'))
     devices: int | None = value(None, 'how many of the visible devices to use; None: all', low=1, resumable=True)
-    rules: tuple[tuple[str, tuple], ...] = value(
-        (('.*', ()),), 'named-leaf rules: partition spec of each leaf of the state', rules=True, resumable=True
+    model_axis: int = value(
+        1, 'devices that share each layer (tensor parallelism); a batch is cut over the groups', low=1, resumable=True
     )
+    fsdp: bool = value(False, 'cut large parameters and their optimiser state over the data axis too', resumable=True)
+    rules: tuple[tuple[str, tuple], ...] | None = value(
+        None,
+        "named-leaf rules: partition spec of each leaf of the state; None: the model's own where model_axis > 1",
+        rules=True,
+        resumable=True,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """What `--mode=export` writes."""
+
+    format: str = value('hf', "'hf': a Hugging Face folder with safetensors", choices=('hf',), resumable=True)
+    directory: str | None = value(None, 'where to; None: export/FORMAT in the run directory', resumable=True)
+    state: str = value('newest', 'which checkpoint of the run', choices=('newest', 'best'), resumable=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,13 +205,22 @@ class Experiment:
     data: Data = value(None, 'the data', section=Data)
     model: Component = value('cnn', 'the network', kind='model')
     task: Component = value('classify', 'what is learned: loss and metrics', kind='task')
+    adapter: Component | None = value(
+        None, "parameter-efficient training of a model that is loaded by init_from, e.g. 'lora(rank=8)'", kind='adapter'
+    )
     optimizer: Optimizer = value(None, 'the optimiser', section=Optimizer)
     train: Train = value(None, 'the training', section=Train)
     evaluate: Evaluate = value(None, 'the evaluation', section=Evaluate)
     checkpoint: Checkpoint = value(None, 'the checkpoints', section=Checkpoint)
     log: Log = value(None, 'the log', section=Log)
     parallel: Parallel = value(None, 'the devices', section=Parallel)
-    init_from: str | None = value(None, 'run directory whose newest parameters this run starts from')
+    export: Export = value(None, 'the export of a trained run', section=Export)
+    init_from: str | None = value(
+        None, 'run directory (newest parameters, averaged if kept) or Hugging Face folder that this run starts from'
+    )
+    init_rules: tuple[tuple[str, bool], ...] = value(
+        (('.*', True),), 'named-leaf rules: which leaves init_from must give (True), which start fresh (False)', rules=True
+    )
     price_per_device_hour: float | None = value(
         None, 'what one device costs; None: unknown, and so is the money spent', unit='USD', low=0.0, resumable=True
     )
@@ -261,6 +294,11 @@ def _check_together(experiment: Experiment) -> None:
         raise UsageError(
             f'config.data.validation={data.validation} and config.data.test={data.test} leave nothing to train on',
             'make their sum less than 1',
+        )
+    if experiment.parallel.compile == 'pmap' and (experiment.parallel.model_axis > 1 or experiment.parallel.fsdp):
+        raise UsageError(
+            'config.parallel.compile=pmap keeps the whole state on every device, model_axis and fsdp cut it',
+            'use config.parallel.compile=jit',
         )
     watched = [m for m in (train.early_stop.metric, experiment.checkpoint.best) if m is not None]
     if watched and experiment.evaluate.every.amount == 0:

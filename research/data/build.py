@@ -4,7 +4,7 @@ source -> splits by hash -> data budget -> tokenizer (from the training texts) -
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from research.data.augment import Augmentation
 from research.data.source import DataSet, DataSpec, Source
 
 BLOCK = 1024  # examples that are read at once
+SAMPLE = 4096  # rows that are looked at for the mean number of tokens
 
 
 def build_splits(data: schema.Data) -> tuple[dict[str, Source], DataSpec]:
@@ -48,7 +49,25 @@ def describe(dataset: DataSet) -> DataSpec:
     labels = train.labels() if dataset.class_names else None
     counts = None if labels is None else np.bincount(labels, minlength=len(dataset.class_names or ()))
     class_counts = None if counts is None else tuple(int(c) for c in counts)
-    return DataSpec(examples, dataset.class_names, class_counts, dataset.tokenizer, dataset.cardinalities)
+    return DataSpec(
+        examples, dataset.class_names, class_counts, dataset.tokenizer, dataset.cardinalities, example_tokens(train, examples)
+    )
+
+
+def example_tokens(train: Source, keys: Iterable[str]) -> float | None:
+    """The tokens of an example, padding left out: the mean over at most `SAMPLE` evenly spaced rows; None without tokens.
+
+    A row of a language model has one token more than it has targets; it counts its targets.
+    """
+    columns = sorted({'segment', 'source_segment', 'target_segment'}.intersection(keys)) or ['tokens']
+    if columns[0] not in keys:
+        return None
+    rows = np.unique(np.linspace(0, len(train) - 1, min(len(train), SAMPLE)).astype(np.int64))
+    block = train[rows]
+    overlap = 0 if 'segment' in keys and 'position' not in keys else 1
+    counted = [block[name][:, 0 if name == 'source_segment' else overlap :] for name in columns]
+    is_token = [np.ones_like(c, bool) if columns == ['tokens'] else c > 0 for c in counted]
+    return float(sum(part.sum() for part in is_token) / len(rows))
 
 
 class Texts:

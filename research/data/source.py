@@ -104,6 +104,7 @@ class DataSpec:
       class_counts: examples of each class in the training split; None without classes.
       tokenizer: between text and token ids; None for data that are no text.
       cardinalities: for each column of 'category' how many values it can have.
+      example_tokens: tokens of a training example, padding left out, on average; None for data that are no text.
     """
 
     examples: dict[str, tuple[tuple[int, ...], np.dtype]]
@@ -111,6 +112,7 @@ class DataSpec:
     class_counts: tuple[int, ...] | None = None
     tokenizer: Tokenizer | None = None
     cardinalities: tuple[int, ...] = ()
+    example_tokens: float | None = None
 
     @property
     def num_classes(self) -> int | None:

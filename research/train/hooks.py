@@ -66,7 +66,8 @@ class LogHook:
         self.run.writer.write(step, 'train', self.run.clock.total(), values)
         mfu = 'unknown' if pace['mfu'] is None else f'{100 * pace["mfu"]:.1f}%'
         losses = shown({k: values[k] for k in ('loss', 'accuracy') if k in values})
-        self.run.reporter.figures(losses, f'{pace["examples_per_second"]:,.0f} examples/s', f'MFU {mfu}')
+        unit = 'tokens' if 'tokens_per_second' in pace else 'examples'
+        self.run.reporter.figures(losses, f'{pace[f"{unit}_per_second"]:,.0f} {unit}/s', f'MFU {mfu}')
         return values['loss']
 
     def _pace(self, steps: int, seconds: float) -> dict[str, Any]:
@@ -75,7 +76,10 @@ class LogHook:
         mfu = None
         if facts.step_flops is not None:
             mfu = utilisation(facts.step_flops * rate, list(mesh.devices.flat), self.run.experiment.train.precision)
-        return {'examples_per_second': rate * facts.batch_size, 'mfu': mfu}
+        pace = {'examples_per_second': rate * facts.batch_size, 'mfu': mfu}
+        if facts.example_tokens is not None:
+            pace['tokens_per_second'] = pace['examples_per_second'] * facts.example_tokens
+        return pace
 
     def _check_numbers(self, step: int, state: TrainState, loss: float) -> None:
         """Ends a run that cannot come to anything: too many skipped steps in a row, or, without the guard, a bad loss."""
@@ -99,7 +103,7 @@ class EvaluateHook:
     def __call__(self, step: int, state: TrainState, terms: Terms) -> None:
         if self.run.is_due(self.run.experiment.evaluate.every, step):
             for split in self.run.experiment.evaluate.splits:
-                self.run.evaluate(split, step, state)
+                self.run.evaluate(split, step, state, whole=step == self.run.total_steps)
 
 
 class CheckpointHook:
@@ -176,7 +180,7 @@ def check_watched(experiment: Experiment, results: list[str]) -> None:
             raise UsageError(f'config.{key}={metric!r} is not measured', nearest(metric, known))
 
 
-LESS_IS_BETTER = ('loss', 'mse', 'mae', 'calibration_error')
+LESS_IS_BETTER = ('loss', 'mse', 'mae', 'calibration_error', 'perplexity', 'bits_per_byte', 'wer', 'cer')
 
 
 def direction(metric: str) -> str:

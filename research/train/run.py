@@ -7,11 +7,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from research.core import files
 from research.core.clock import Clock
 from research.core.durations import Duration, Facts
 from research.core.schema import Experiment
 from research.data.pipeline import Feed
-from research.data.source import Source
+from research.data.source import Source, Tokenizer
 from research.train.evaluate import Evaluator
 from research.train.progress import Reporter
 from research.train.run_directory import RunDirectory
@@ -27,6 +28,7 @@ class Run:
       facts: batch size, examples of an epoch, FLOPs of a step, total steps.
       evaluate: variables and split name -> results.
       record: what run.json will say.
+      tokenizer: what made the token ids; it is kept in the run directory; None for data that are no text.
       earlier: what the checkpoint that the run goes on from says: seconds by phase, device-seconds, the open log record.
       results: the newest results of each split and their step.
       stop: why the run ends before its last step; None as long as it goes on.
@@ -44,9 +46,17 @@ class Run:
     evaluation_feeds: dict[str, tuple[Feed, int]]
     learning_rate: Callable[[Any], Any]
     record: dict[str, Any]
+    tokenizer: Tokenizer | None = None
     earlier: dict[str, Any] = dataclasses.field(default_factory=dict)
     results: dict[str, tuple[int, dict[str, Any]]] = dataclasses.field(default_factory=dict)
     stop: str | None = None
+    _evaluated: set[tuple[str, int, int | None]] = dataclasses.field(default_factory=set)
+
+    def write_record(self) -> None:
+        """Writes run.json, and the tokenizer beside it: what a server or an export needs of the data."""
+        files.write_json(self.directory.run, self.record)
+        if self.tokenizer is not None:
+            self.tokenizer.save(self.directory.path / 'tokenizer')
 
     @property
     def total_steps(self) -> int:
@@ -63,13 +73,16 @@ class Run:
         """Whether 'split/name' was measured after exactly `step` steps by this process."""
         return self.results.get(metric.split('/')[0], (None,))[0] == step
 
-    def evaluate(self, split: str, step: int, state: TrainState) -> dict[str, Any]:
-        """The results of a split after `step` steps; computed and recorded once a step."""
-        if self.results.get(split, (None,))[0] != step:
+    def evaluate(self, split: str, step: int, state: TrainState, whole: bool = True) -> dict[str, Any]:
+        """The results of a split after `step` steps; computed and recorded once. Unless `whole`, `evaluate.limit` holds."""
+        settings = self.experiment.evaluate
+        limit = None if whole or settings.limit is None else -(-settings.limit // self.experiment.data.evaluation_batch_size)
+        if (split, step, limit) not in self._evaluated:
+            self._evaluated.add((split, step, limit))
             self.reporter.phase('evaluating')
             with self.clock.phase('evaluate'):
                 feed, num_batches = self.evaluation_feeds[split]
-                self.results[split] = step, self.evaluator(state.evaluation_variables, feed, num_batches)
+                self.results[split] = step, self.evaluator(state.evaluation_variables, feed, num_batches, limit)
             self.writer.write(step, split, self.clock.total(), self.results[split][1])
             self.reporter.say(f'step {step}  {split}: {shown(self.results[split][1])}')
             self.reporter.phase('training')
@@ -89,7 +102,7 @@ class Run:
             'examples': examples,
             'unique_examples': min(examples, len(self.splits['train'])),
             'epochs': examples / len(self.splits['train']),
-            'tokens': None,
+            'tokens': None if self.facts.example_tokens is None else round(examples * self.facts.example_tokens),
             'flops': None if self.facts.step_flops is None else step * self.facts.step_flops,
             'device_seconds': device_seconds,
             'devices': f'{self.mesh.size} x {jax.devices()[0].device_kind}',

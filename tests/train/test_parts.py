@@ -16,7 +16,7 @@ from research.data.pipeline import HostFeed
 from research.data.plan import EvaluationPlan
 from research.parallel import mesh as meshes
 from research.train import build, flops, hooks
-from research.train.evaluate import Evaluator
+from research.train.evaluate import Evaluator, chosen
 from research.train.progress import Pace, Reporter, clock_text
 from research.train.provenance import provenance
 from research.train.run import shown
@@ -158,3 +158,24 @@ def test_provenance_keeps_no_environment_but_jax_flags(monkeypatch):
     assert found['devices']['count'] == 8
     assert found['packages']['jax'] == jax.__version__
     assert found['environment']['JAX_PLATFORMS'] == 'cpu'
+
+
+def test_every_round_of_a_scan_counts():
+    def scanned(x, kernels):
+        return jax.lax.scan(lambda x, kernel: (x @ kernel, None), x, kernels)[0]
+
+    def nested(x, kernels):
+        return jax.lax.scan(lambda x, _: (jax.checkpoint(scanned)(x, kernels), None), x, length=3)[0]
+
+    x, kernels = jax.ShapeDtypeStruct((8, 16), jnp.float32), jax.ShapeDtypeStruct((5, 16, 16), jnp.float32)
+    one = 2 * 8 * 16 * 16
+    assert flops.count(scanned, x, kernels) == pytest.approx(5 * one, rel=0.02)
+    assert flops.count(nested, x, kernels) == pytest.approx(15 * one, rel=0.02)
+    gradient = jax.grad(lambda kernels, x: nested(x, kernels).sum())
+    assert flops.count(gradient, kernels, x) == pytest.approx(15 * 4 * one, rel=0.15)  # forward twice, backward twice
+
+
+def test_an_evaluation_can_be_limited_to_evenly_spaced_batches():
+    assert chosen(10, 3) == [0, 3, 6]
+    assert chosen(10, None) == chosen(10, 99) == list(range(10))
+    assert chosen(7, 1) == [0]
