@@ -29,6 +29,28 @@ def names(tree: Any) -> list[str]:
     return [name(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
 
 
+def flat(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by name; `nested` is its inverse for dicts of dicts."""
+    return dict(zip(names(tree), jax.tree.leaves(tree), strict=True))
+
+
+def nested(flat: dict[str, Any]) -> dict[str, Any]:
+    """{'a/b': x, 'a/c': y} as {'a': {'b': x, 'c': y}}."""
+    result: dict[str, Any] = {}
+    for leaf, value in flat.items():
+        *folders, last = leaf.split('/')
+        inner = result
+        for folder in folders:
+            inner = inner.setdefault(folder, {})
+        inner[last] = value
+    return result
+
+
+def is_stacked(leaf: str) -> bool:
+    """Whether the leading axis of this leaf counts layers: `nn.scan` keeps all layers of a stack under the name 'layers'."""
+    return 'layers' in leaf.split('/')[:-1]
+
+
 def match(rules: Rules, tree: Any, what: str = 'rules', allow_unused: bool = False) -> Any:
     """A tree like `tree` whose leaves are the values of the first rule that matches each leaf's name.
 

@@ -96,7 +96,7 @@ class Optimizer:
         (('.*', 1.0),), 'named-leaf rules: multiplier of the learning rate; None freezes the leaf', rules=True
     )
     layer_decay: float = value(
-        1.0, 'factor on the learning rate from each layer to the one below (the lowest learn least); 1: none', above=0.0, high=1.0
+        1.0, 'factor on the learning rate from each layer to the one below it; 1: the same for all', above=0.0, high=1.0
     )
     clip: Component | None = value(None, 'gradient clipping', kind='clip')
 

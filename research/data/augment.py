@@ -22,6 +22,7 @@ from research.core.errors import UsageError
 Batch = dict[str, jax.Array]
 Augmentation = Callable[[jax.Array, Batch], Batch]
 
+STRONG = 'strong'  # the key of a second, strongly augmented view of each image (views.py)
 ERASING_ATTEMPTS = 10  # rectangles drawn per example until one fits, as in torchvision
 
 
@@ -175,8 +176,8 @@ def _erase(images: jax.Array, boxes: jax.Array, fill: jax.Array) -> jax.Array:
 def normalise(*, mean: tuple[float, ...] | float = 0.0, std: tuple[float, ...] | float = 1.0) -> Augmentation:
     """(image / 255 - mean) / std in float32; `mean` and `std` are one number or one per channel, on the 0..1 scale.
 
-    It draws nothing, so it serves evaluation too. The default gives 0..1. A batch without images passes as it is: this is the
-    default preprocessing of every data set.
+    It draws nothing, so it serves evaluation too. The default gives 0..1. The second view 'strong' that `views` makes is treated
+    alike. A batch without images passes as it is: this is the default preprocessing of every data set.
 
     Raises:
       UsageError: a standard deviation is not positive, or the numbers do not match the channels.
@@ -184,7 +185,7 @@ def normalise(*, mean: tuple[float, ...] | float = 0.0, std: tuple[float, ...] |
     for value in std if isinstance(std, tuple) else (std,):
         check_range('normalise.std', value, 1e-6)
 
-    def transform(keys: jax.Array, images: jax.Array) -> jax.Array:
+    def transform(images: jax.Array) -> jax.Array:
         for name, value in (('mean', mean), ('std', std)):
             if isinstance(value, tuple) and len(value) != images.shape[3]:
                 raise UsageError(
@@ -193,19 +194,23 @@ def normalise(*, mean: tuple[float, ...] | float = 0.0, std: tuple[float, ...] |
                 )
         return (images.astype(jnp.float32) / 255 - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
 
-    return lambda keys, batch: on_images(transform)(keys, batch) if 'image' in batch else batch
+    def apply(keys: jax.Array, batch: Batch) -> Batch:
+        present = [key for key in ('image', STRONG) if key in batch]
+        return batch | {key: transform(images_of(batch, key)) for key in present} if present else batch
+
+    return apply
 
 
-def images_of(batch: Batch) -> jax.Array:
+def images_of(batch: Batch, key: str = 'image') -> jax.Array:
     """The images (B, H, W, C) of a batch.
 
     Raises:
       UsageError: there are none, or they have another number of axes.
     """
-    if 'image' not in batch or batch['image'].ndim != 4:
+    if key not in batch or batch[key].ndim != 4:
         found = {key: tuple(value.shape) for key, value in batch.items()}
-        raise UsageError(f"augmentation needs 'image' (B, H, W, C); the batch has {found}", 'remove it for data without images')
-    return batch['image']
+        raise UsageError(f'augmentation needs {key!r} (B, H, W, C); the batch has {found}', 'remove it for data without images')
+    return batch[key]
 
 
 def draw_chosen(keys: jax.Array, probability: float) -> jax.Array:

@@ -3,13 +3,23 @@
 Shape letters: B batch, H height, W width, C channels.
 """
 
+import functools
+from collections.abc import Iterable
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from research.core.errors import UsageError, nearest
 
-ACTIVATIONS = {'relu': nn.relu, 'gelu': nn.gelu, 'silu': nn.silu, 'tanh': nn.tanh}
+ACTIVATIONS = {
+    'relu': nn.relu,
+    'relu2': lambda x: jnp.square(nn.relu(x)),  # So et al., 2021
+    'gelu': nn.gelu,  # the tanh approximation, as GPT-2
+    'gelu_exact': functools.partial(nn.gelu, approximate=False),  # with the error function, as BERT
+    'silu': nn.silu,
+    'tanh': nn.tanh,
+}
 
 
 def activation(name: str):
@@ -17,6 +27,18 @@ def activation(name: str):
     if name not in ACTIVATIONS:
         raise UsageError(f'activation {name!r} does not exist', nearest(name, ACTIVATIONS))
     return ACTIVATIONS[name]
+
+
+def check_choice(what: str, value: str, choices: Iterable[str]) -> None:
+    """Raises a UsageError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise UsageError(f'{what} {value!r} does not exist', nearest(value, choices))
+
+
+def check_images(inputs: jax.Array, model: str) -> None:
+    """Raises a UsageError unless `inputs` are images (B, H, W, C)."""
+    if inputs.ndim != 4:
+        raise UsageError(f'model {model!r} reads images (B, H, W, C), not {inputs.shape}', 'use model=mlp for tables')
 
 
 def max_pool(x: jax.Array, window: int) -> jax.Array:
@@ -37,18 +59,53 @@ def max_pool(x: jax.Array, window: int) -> jax.Array:
     return jnp.max(x.reshape(batch, h, window, w, window, channels), axis=(2, 4))  # (B, h, w, C)
 
 
-def norm(kind: str, x: jax.Array, train: bool) -> jax.Array:
+def norm(kind: str, x: jax.Array, train: bool, *, name: str | None = None, scale: float = 1.0) -> jax.Array:
     """Normalises x (B, ..., C) by 'batch' (Ioffe and Szegedy, 2015), 'group' (Wu and He, 2018; up to 32 groups) or 'none'.
 
-    Call it inside a module's compact method: the normalisation becomes a child of that module.
+    Call it inside a module's compact method: the normalisation becomes a child of that module, called `name` if given, whose
+    learned scale starts at `scale`.
     """
+    scale_init = nn.initializers.constant(scale)
     if kind == 'batch':
-        return nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+        return nn.BatchNorm(use_running_average=not train, momentum=0.9, scale_init=scale_init, name=name)(x)
     if kind == 'group':
-        return nn.GroupNorm(num_groups=_groups(x.shape[-1]))(x)
-    if kind != 'none':
-        raise UsageError(f'norm {kind!r} does not exist', nearest(kind, ('none', 'batch', 'group')))
+        return nn.GroupNorm(num_groups=_groups(x.shape[-1]), scale_init=scale_init, name=name)(x)
+    check_choice('norm', kind, ('none', 'batch', 'group'))
     return x
+
+
+def make_norm(kind: str, epsilon: float, name: str | None = None) -> nn.Module:
+    """A normalisation of the last axis as a module: 'layer' (Ba et al., 2016) or 'rms' (Zhang and Sennrich, 2019).
+
+    The statistics are float32, the variance the mean of squared differences; the result has the type of the input.
+    """
+    check_choice('norm', kind, ('layer', 'rms'))
+    if kind == 'layer':
+        return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, name=name)
+    return nn.RMSNorm(epsilon=epsilon, name=name)
+
+
+def patches(x: jax.Array, side: int, width: int) -> jax.Array:
+    """Dense layer 'patch' on every patch of side x side pixels, (B, H, W, C) -> (B, H // side, W // side, width).
+
+    Call it inside a module's compact method. The kernel is (side, side, C, width).
+
+    Raises:
+      UsageError: the image is no whole number of patches.
+    """
+    if x.shape[1] % side or x.shape[2] % side:
+        raise UsageError(
+            f'an image of {x.shape[1]} x {x.shape[2]} is no whole number of patches of {side} x {side}',
+            'set model.patch to a common divisor of height and width, or give the data source another size',
+        )
+    return nn.Conv(width, (side, side), (side, side), padding='VALID', name='patch')(x)  # (B, H / side, W / side, width)
+
+
+def masked_mean(features: jax.Array, segments: jax.Array | None) -> jax.Array:
+    """The mean over T of features (B, T, D) where segments (B, T) > 0, in float32; (B, D). None: everywhere."""
+    weight = jnp.ones(features.shape[:2]) if segments is None else (segments > 0).astype(jnp.float32)  # (B, T)
+    total = jnp.einsum('btd,bt->bd', features.astype(jnp.float32), weight)  # (B, D)
+    return (total / jnp.maximum(weight.sum(1, keepdims=True), 1)).astype(features.dtype)
 
 
 def dropout(rate: float, x: jax.Array, train: bool) -> jax.Array:

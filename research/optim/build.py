@@ -8,7 +8,8 @@
 * decoupled decay inside the algorithm, which knows its place; rate multipliers and the learning rate scale it too.
 
 With a learning rate of 0.1, a weight decay of 0.01, plain SGD, a kernel of 2 and a gradient of 3 the update is
--0.1 * (3 + 0.01 * 2) = -0.302; under the rate rule ('.*/kernel', 0.5) it is -0.151, under ('.*/kernel', None) nothing.
+-0.1 * (3 + 0.01 * 2) = -0.302; under the rate rule ('.*/kernel', 0.5) it is -0.151, under ('.*/kernel', None) nothing. The rate
+multiplier of a leaf is that of its rule times that of its layer (`layerwise.py`).
 """
 
 from collections.abc import Callable
@@ -16,11 +17,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from research.core import leaves
 from research.core.errors import UsageError
 from research.core.leaves import Rules
+from research.optim import layerwise
 
 # By name and not by rank, which lies for attention biases (H, K) and layers stacked by nn.scan.
 DECAY_RULES: Rules = ((r'(.*/)?\w*(kernel|embedding)', 1.0), ('.*', 0.0))
@@ -41,6 +44,7 @@ def build(
     decay: str = 'decoupled',
     decay_rules: Rules | None = None,
     rate_rules: Rules = RATE_RULES,
+    layer_decay: float = 1.0,
     clip: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformation:
     """The transformation from gradients to the updates that `optax.apply_updates` adds; it counts its own steps.
@@ -53,19 +57,16 @@ def build(
       decay: 'decoupled' (added to the direction, so times the learning rate) or 'l2' (added to the gradient).
       decay_rules: named-leaf rules: the factor of `weight_decay`; None: `DECAY_RULES`, kernels and embeddings only.
       rate_rules: named-leaf rules: the factor of the learning rate, > 0; None freezes the leaf.
+      layer_decay: factor on the learning rate from each layer to the one below, in (0, 1], see `layerwise.multipliers`.
       clip: a transformation from clip.py; None: no clipping.
 
     Raises:
       UsageError: rules that do not fit the leaves, factors out of range, a decay that reaches no leaf, nothing left to train.
     """
-    rates = _matched(
-        rate_rules, params, 'optimizer.rate_rules', lambda f: f is None or f > 0, 'a positive number, or None to freeze'
-    )
+    rates = _rates(rate_rules, layer_decay, params)
     if decay not in ('decoupled', 'l2'):
         raise UsageError(f'optimizer.decay is {decay!r}', "write 'decoupled' or 'l2'")
     labels = jax.tree.map(lambda rate: 'frozen' if rate is None else 'train', rates, is_leaf=_is_none)
-    if 'train' not in jax.tree.leaves(labels):
-        raise UsageError('optimizer.rate_rules freeze every leaf', 'leave one leaf a rate that is not None')
     strengths = _trained(_strengths(weight_decay, decay_rules, params), labels)
     decayed = _add_decay(strengths) if weight_decay else optax.identity()
     inner = optax.chain(
@@ -76,6 +77,16 @@ def build(
         optax.scale_by_learning_rate(learning_rate),
     )
     return optax.partition({'train': inner, 'frozen': _keep()}, labels)
+
+
+def _rates(rules: Rules, layer_decay: float, params: Any) -> Any:
+    """The factor on each leaf's learning rate, a tree like `params`; None for a frozen leaf."""
+    valid = 'a positive number, or None to freeze'
+    rates = _matched(rules, params, 'optimizer.rate_rules', lambda factor: factor is None or factor > 0, valid)
+    if all(rate is None for rate in jax.tree.leaves(rates, is_leaf=_is_none)):
+        raise UsageError('optimizer.rate_rules freeze every leaf', 'leave one leaf a rate that is not None')
+    depths = layerwise.multipliers(params, layer_decay)
+    return jax.tree.map(lambda rate, depth: None if rate is None else rate * depth, rates, depths, is_leaf=_is_none)
 
 
 def _strengths(weight_decay: float, rules: Rules | None, params: Any) -> Any:
@@ -119,8 +130,10 @@ def _add_decay(strengths: Any) -> optax.GradientTransformation:
 
 
 def _scale(factors: Any) -> optax.GradientTransformation:
-    """Multiplies each leaf by its factor; a leaf of factor 1 passes untouched."""
-    return optax.stateless(lambda updates, params: jax.tree.map(lambda f, u: u if f == 1 else f * u, factors, updates))
+    """Multiplies each leaf by its factor, a number or an array; a leaf of factor 1 passes untouched."""
+    return optax.stateless(
+        lambda updates, params: jax.tree.map(lambda f, u: u if np.ndim(f) == 0 and f == 1 else f * u, factors, updates)
+    )
 
 
 def _keep() -> optax.GradientTransformation:

@@ -5,27 +5,16 @@ Who can write to a compilation cache can run code in the process that reads it, 
 
 import os
 import pathlib
-import stat
 
 import jax
+
+from research.core.files import problem_of_folder as problem
 
 
 def folder() -> pathlib.Path:
     """Where compiled programs are kept: $FULCRUM_CACHE, else the user's cache folder."""
     base = os.environ.get('FULCRUM_CACHE')
     return pathlib.Path(base) if base else pathlib.Path.home() / '.cache' / 'fulcrum' / 'xla'
-
-
-def problem(path: pathlib.Path) -> str | None:
-    """Why `path` cannot serve as a compilation cache; None if it can."""
-    try:
-        path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        status = path.stat()
-    except OSError as error:
-        return f'{path} cannot be made: {error.strerror}'
-    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f'{path} can be written by others; run: chmod 700 {path}'
-    return None
 
 
 def enable() -> str | None:

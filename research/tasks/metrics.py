@@ -21,7 +21,7 @@ import numpy as np
 from research.core.errors import UsageError, nearest
 from research.core.terms import weighted
 from research.tasks.losses import absolute_error, squared_error, unmasked
-from research.tasks.ranking import AveragePrecision, ROCArea
+from research.tasks.ranking import AveragePrecision, RecallAtPrecision, ROCArea
 from research.tasks.states import Additive, Metric, Result, State, as_float64, checked, ratio
 
 
@@ -226,6 +226,9 @@ CLASS_METRICS: dict[str, Factory] = {
     'confusion_matrix': ConfusionMatrix,
     'auroc': ROCArea,
     'average_precision': AveragePrecision,
+    'recall_at_precision_90': lambda k, labels: RecallAtPrecision(k, labels, 90),
+    'recall_at_precision_95': lambda k, labels: RecallAtPrecision(k, labels, 95),
+    'recall_at_precision_99': lambda k, labels: RecallAtPrecision(k, labels, 99),
     'calibration_error': lambda k, labels: CalibrationError(labels),
 }
 VALUE_METRICS: dict[str, Factory] = {

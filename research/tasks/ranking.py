@@ -1,4 +1,4 @@
-"""Areas under curves from histograms of scores: area under the ROC curve and average precision.
+"""What the order of scores is worth, from histograms: area under the ROC curve, average precision, recall at a precision.
 
 Shape letters: B batch, K classes, N bins.
 
@@ -13,6 +13,10 @@ because only pairs within a bin can be misjudged, by one half each; and the aver
 each bin's negatives all first and all last. Measured on 1,000 random examples (normal logits of standard deviation 2, 2 and 10
 classes, 5 seeds; the test's data): that bound is at most 0.0011, the area off by at most 0.00025; the interval for the average
 precision is at most 0.005 wide, it is off by at most 0.003 (with 10,000 examples: 0.00005 and 0.0008).
+
+The recall at a precision is that of the best threshold between two bins; a finer one can only give more. On the same data, at
+90, 95 and 99 %: at most 0.010 more with 1,000 examples, 0.03 with 10,000, where the precision passes 90 % so slowly that the
+exact value moves as much from draw to draw.
 
 A state has 2 K N floats (32 KiB for each class).
 """
@@ -81,6 +85,26 @@ class AveragePrecision(ScoreHistogram):
         hits, alarms = _at_or_above(positive), _at_or_above(positive + negative)
         steps = np.sum(positive * ratio(hits, alarms, empty=0.0), -1)  # (K,)
         return summary('average_precision', ratio(steps, positive.sum(-1), empty=np.nan))
+
+
+@dataclasses.dataclass(frozen=True)
+class RecallAtPrecision(ScoreHistogram):
+    """The largest recall that a threshold gives under which at least `percent` % of the alarms are true: for rare positives.
+
+    Gives 'recall_at_precision_90' and 'recall_at_precision_90_per_class' for 90; means as for the ROC area. It is 0 if no
+    threshold is so precise, as in scikit-learn's `precision_recall_curve`, and NaN for a class without positives. The threshold
+    is chosen on the examples that it is judged on; on few positives that flatters.
+    """
+
+    percent: int
+
+    def compute(self, state: State) -> Result:
+        """Recalls from the histograms; each occupied bin is one threshold."""
+        state = as_float64(state)
+        hits, alarms = _at_or_above(state['positive']), _at_or_above(state['positive'] + state['negative'])  # (K, N)
+        precise = ratio(hits, alarms, empty=0.0) >= self.percent / 100
+        best = np.where(np.isnan(alarms[:, 0]), np.nan, np.max(np.where(precise, hits, 0.0), -1))  # (K,)
+        return summary(f'recall_at_precision_{self.percent}', ratio(best, state['positive'].sum(-1), empty=np.nan))
 
 
 def log_odds(logits: jax.Array) -> jax.Array:

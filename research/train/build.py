@@ -22,18 +22,24 @@ from research.optim import build as optim
 from research.optim import schedules
 from research.parallel import compile as compilation
 from research.parallel import mesh as meshes
-from research.parallel.rules import shardings
+from research.parallel.rules import partition
 from research.tasks.base import Task
-from research.train import flops, step
+from research.train import adapters, flops, partial, step, teacher
 from research.train import state as states
 from research.train.state import TrainState
 from research.train.step import Step
 
 
 def make_task(experiment: Experiment, spec: DataSpec) -> Task:
-    """The task with its model, for data like `spec`."""
-    dtype = jnp.dtype(experiment.train.precision)
-    return registry.call(experiment.task.bound(), model=experiment.model.bound(), data=spec, dtype=dtype)
+    """The task with its model, for data like `spec`, in its adapter if there is one."""
+    supplied = {
+        'model': experiment.model.bound(),
+        'data': spec,
+        'dtype': jnp.dtype(experiment.train.precision),
+        'restore': functools.partial(teacher.restore, experiment, spec),
+    }
+    task = registry.call(experiment.task.bound(), **supplied)
+    return task if experiment.adapter is None else experiment.adapter.build(task)
 
 
 def abstract_batch(spec: DataSpec, size: int, sharding: Any = None) -> dict[str, jax.ShapeDtypeStruct]:
@@ -58,7 +64,8 @@ def measure(experiment: Experiment, task: Task, spec: DataSpec, num_train: int) 
     batch = preprocessed(experiment, abstract_batch(spec, size))
     variables = jax.eval_shape(task.init, rng.key(0, 'init'), batch)
     rngs = {'dropout': jax.eval_shape(lambda: rng.key(0, 'dropout'))}
-    facts = Facts(size, num_train, flops.count(step.gradients_of(task), variables, batch, rngs))
+    step_flops = flops.count(step.gradients_of(task), variables, batch, rngs)
+    facts = Facts(size, num_train, step_flops, example_tokens=spec.example_tokens)
     return dataclasses.replace(facts, total_steps=experiment.train.duration.to_steps(facts))
 
 
@@ -81,6 +88,7 @@ def make_optimizer(optimizer: Optimizer, rate: Callable[[Any], jax.Array], param
         decay=optimizer.decay,
         decay_rules=optimizer.decay_rules,
         rate_rules=optimizer.rate_rules,
+        layer_decay=optimizer.layer_decay,
         clip=None if optimizer.clip is None else optimizer.clip.build(),
     )
 
@@ -116,10 +124,22 @@ def make_parts(experiment: Experiment, task: Task, spec: DataSpec, mesh: Mesh, r
         return states.init(task, optimizer_of, extras, experiment.seed, zeros)
 
     shapes = jax.eval_shape(init)
-    layout = shardings(mesh, experiment.parallel.rules, shapes)
+    layout = partition(mesh, experiment.parallel.rules, task.module, shapes, experiment.parallel.fsdp)
     abstract = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, layout)
     the_step = make_step(experiment, task, optimizer_of(shapes.params))
-    return Parts(jax.jit(init, out_shardings=layout), abstract, the_step, batch)
+    first = jax.jit(init, out_shardings=layout)
+    return Parts(lambda: with_constants(first(), task), abstract, the_step, batch)
+
+
+def with_constants(state: TrainState, task: Task) -> TrainState:
+    """A first state with the collections that the task reads from elsewhere (a teacher's variables) in their place."""
+    found = {}
+    for name, weights in adapters.constants_of(task).items():
+        loaded, report = partial.load_into(partial.named(state.model_state[name]), weights, partial.EVERYTHING, resize=False)
+        report.check(f'the {name} of this run')
+        found[name] = partial.renewed(state.model_state[name], loaded)
+    placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), found, {k: state.model_state[k] for k in found})
+    return dataclasses.replace(state, model_state={**state.model_state, **placed})
 
 
 def make_extras(train: Train) -> dict[str, Callable[[Any], Any]]:

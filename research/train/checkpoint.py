@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from research.core import leaves
@@ -77,14 +78,28 @@ class Checkpoints:
         found = self._guarded(lambda: self._manager.restore(step, args=ocp.args.Composite(**arguments)))
         return _join(found.model, found.training), found.meta
 
-    def restore_model(self, step: int, abstract: TrainState) -> TrainState:
-        """`abstract` with the parameters and model state of a step in place of its own (for fine-tuning)."""
-        model, training = _split(abstract)
-        self._compare(step, {'model': model})
-        found = self._guarded(
-            lambda: self._manager.restore(step, args=ocp.args.Composite(model=ocp.args.StandardRestore(model)))
+    def read(self, step: int) -> tuple[dict[str, Any], Any]:
+        """What a step holds of its model, as numpy arrays in the structure it was saved in, and the averaged parameters.
+
+        {'params': ..., 'model_state': ...}, for another model to start from; the average is None where none was kept. Nothing
+        else of the training is read.
+        """
+        saved = self._guarded(lambda: self._manager.item_metadata(step))
+        if saved.get('model') is None or saved.get('training') is None:
+            raise StorageError(f'{self.folder / str(step)} is not readable', 'give another run, or remove this checkpoint')
+        model = self._read(step, 'model', dict(saved['model'].tree))
+        average = saved['training'].tree.get('extra', {}).get('ema')
+        return model, None if average is None else self._read(step, 'training', {'extra': {'ema': average}})['extra']['ema']
+
+    def _read(self, step: int, item: str, tree: Any) -> Any:
+        """The leaves of an item that `tree` names, as numpy arrays."""
+        arguments = ocp.args.PyTreeRestore(
+            item=tree,
+            restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree),
+            partial_restore=True,
         )
-        return _join(found.model, training)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            return self._guarded(lambda: reader.restore(self.folder.resolve() / str(step) / item, args=arguments))
 
     def wait(self) -> None:
         """Returns when every save is on disk."""

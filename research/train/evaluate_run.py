@@ -1,13 +1,12 @@
 """`--mode=evaluate`: the newest (or best) checkpoint of any run on any split, with the config that the run recorded."""
 
-import copy
 import json
 import pathlib
 from typing import Any
 
 import jax
 
-from research.core import config_file, fields, files, schema
+from research.core import files, schema
 from research.core.errors import UsageError
 from research.data.build import build_augmentation, build_splits
 from research.parallel import cache
@@ -16,6 +15,7 @@ from research.train import build
 from research.train.checkpoint import Checkpoints
 from research.train.evaluate import Evaluator
 from research.train.loop import evaluation_feeds
+from research.train.open_run import recorded
 from research.train.run_directory import RunDirectory
 
 
@@ -31,37 +31,19 @@ def evaluate_run(workdir: pathlib.Path, overrides: list[str], trust: bool = Fals
 
     Args:
       workdir: the run directory.
-      overrides: 'key=value' changes of the recorded config, such as 'evaluate.final=test'.
-      trust: build components that the recorded config names as `package.module:Thing`. A run directory may come from
-        anyone, and such a name can call any function, so it is refused by default.
+      overrides: see `recorded`.
+      trust: see `recorded`.
 
     Raises:
       UsageError: there is no run, or no checkpoint, in `workdir`; or it names components that are not trusted.
     """
     cache.enable()
-    directory = RunDirectory(workdir)
-    run = directory.read_run()
-    if run is None or not directory.checkpoints.is_dir():
-        raise UsageError(f'{workdir} holds no run', 'give the --workdir of a run that saved a checkpoint')
-    config = copy.deepcopy(run['config'])
-    foreign = sorted(str(v) for k, v in fields.flat(config).items() if k.split('.')[-1] == 'name' and ':' in str(v))
-    foreign += sorted(str(c['name']) for key in ('augment', 'preprocess') for c in config['data'][key] if ':' in c['name'])
-    if foreign and not trust:
-        raise UsageError(f'the run in {workdir} names code outside Fulcrum: {foreign[0]}', 'if you trust it, add --trust_run')
-    for override in overrides:
-        path, _, text = override.partition('=')
-        config_file.override(config, path, text)
-    recorded, experiment = schema.resolve(run['config']), schema.resolve(config)
-    changes = [c for c in schema.differences(recorded, experiment) if not c.resumable]
-    if changes:
-        raise UsageError(
-            f'an evaluation cannot change what was trained: {changes[0]}', 'change evaluate.final, say, or parallel'
-        )
+    directory, experiment = recorded(workdir, overrides, trust)
     return _evaluate(experiment, directory)
 
 
 def _evaluate(experiment: schema.Experiment, directory: RunDirectory) -> dict[str, Any]:
-    mesh = meshes.make_mesh(experiment.parallel.devices)
+    mesh = meshes.make_mesh(experiment.parallel.devices, experiment.parallel.model_axis)
     splits, spec = build_splits(experiment.data)
     task = build.make_task(experiment, spec)
     facts = build.measure(experiment, task, spec, len(splits['train']))

@@ -62,7 +62,8 @@ def train(
     with StopRequest() as stop, Reporter(experiment.log.plain_every, quiet) as reporter, contextlib.ExitStack() as stack:
         clock = Clock()
         with clock.phase('start'):
-            mesh = meshes.make_mesh(experiment.parallel.devices)  # first: it says in one line if jax cannot start
+            # First of all: it says in one line if jax cannot start.
+            mesh = meshes.make_mesh(experiment.parallel.devices, experiment.parallel.model_axis)
             stack.enter_context(directory.owned())
             stack.enter_context(_exit_event(directory))
             checkpoints = stack.enter_context(Checkpoints(directory.checkpoints, experiment.checkpoint.keep))
@@ -109,7 +110,9 @@ def _prepare(
     feeds = evaluation_feeds(experiment, splits, mesh)
     check_watched(experiment, evaluator.names(parts.abstract.variables, parts.batch))
     record = start.record(experiment, overrides, data_fingerprint, provenance())
-    run = Run(experiment, directory, mesh, clock, reporter, writer, facts, splits, evaluator, feeds, rate, record)
+    run = Run(
+        experiment, directory, mesh, clock, reporter, writer, facts, splits, evaluator, feeds, rate, record, spec.tokenizer
+    )
     _introduce(run, task, parts)
     return run, parts
 
@@ -117,7 +120,7 @@ def _prepare(
 def evaluation_feeds(experiment: Experiment, splits: dict[str, Source], mesh: Mesh) -> dict[str, tuple[Any, int]]:
     """For each split that is evaluated: its feed and the number of its batches."""
     wanted = dict.fromkeys((*experiment.evaluate.splits, *experiment.evaluate.final))
-    size = -(-experiment.data.evaluation_batch_size // mesh.size) * mesh.size
+    size = -(-experiment.data.evaluation_batch_size // meshes.data_size(mesh)) * meshes.data_size(mesh)
     feeds = {}
     for name in wanted:
         if name not in splits:
@@ -157,7 +160,7 @@ def _train(
     if best is not None:
         best.drop_after(int(state.step))
     run.directory.summary.unlink(missing_ok=True)
-    files.write_json(run.directory.run, run.record)
+    run.write_record()
     run.directory.event('start', origin=origin, step=int(state.step), argv=sys.argv)
     run.reporter.say(origin)
     run.reporter.phase('compiling')

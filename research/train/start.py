@@ -2,6 +2,8 @@
 
 * The same command goes on where it stopped (`run_directory.finished` answers for a run that is complete, and refuses a config
   that changed in a way that matters).
+* `init_from` takes the weights of another run or of a Hugging Face folder, as far as `init_rules` say; `init_report.txt` tells
+  what became of each leaf.
 * A checkpoint that exists but cannot be read is an error, never a reason to begin anew over it.
 """
 
@@ -12,13 +14,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from research.core import fields
-from research.core.errors import StorageError, UsageError
+from research.core import fields, files
+from research.core.errors import UsageError
+from research.core.leaves import Rules
 from research.core.schema import Experiment
+from research.train import partial
 from research.train.build import Parts
 from research.train.checkpoint import Checkpoints
 from research.train.run_directory import RunDirectory
 from research.train.state import TrainState
+from research.train.weights import read
 
 
 def check_fingerprint(directory: RunDirectory, fingerprint: str, allow_change: bool) -> None:
@@ -43,28 +48,32 @@ def first_state(parts: Parts, experiment: Experiment, checkpoints: Checkpoints) 
         state, meta = checkpoints.restore(step, parts.abstract)
         return state, meta, f'resumed from step {step}'
     if experiment.init_from is not None:
-        return _from_other(parts, pathlib.Path(experiment.init_from)), {}, f'parameters from {experiment.init_from}'
+        report = checkpoints.folder.parent / 'init_report.txt'
+        state, origin = _from_other(parts.init(), pathlib.Path(experiment.init_from), experiment.init_rules, report)
+        return state, {}, origin
     return parts.init(), {}, 'started from scratch'
 
 
-def _from_other(parts: Parts, path: pathlib.Path) -> TrainState:
-    """A fresh state with the newest parameters of another run, in the average too where one is kept."""
-    folder = RunDirectory(path).checkpoints
-    if not folder.is_dir():
-        raise UsageError(f'config.init_from={str(path)!r} holds no checkpoints', 'give the --workdir of a run')
-    with Checkpoints(folder, writable=False) as source:
-        step = source.latest()
-        if step is None:
-            raise UsageError(
-                f'config.init_from={str(path)!r} holds no checkpoint', 'give the --workdir of a run that saved one'
-            )
-        try:
-            model = source.restore_model(step, parts.abstract)
-        except StorageError as error:
-            raise UsageError(f'config.init_from={str(path)!r} cannot be used: {error.message}', 'use the same model') from error
-    fresh = parts.init()
-    extra = {**fresh.extra, **({'ema': jax.tree.map(jnp.copy, model.params)} if 'ema' in fresh.extra else {})}
-    return dataclasses.replace(fresh, params=model.params, model_state=model.model_state, extra=extra)
+def _from_other(fresh: TrainState, path: pathlib.Path, rules: Rules, report_file: pathlib.Path) -> tuple[TrainState, str]:
+    """A fresh state with the weights in `path`, in the average too where one is kept; what was done goes to `report_file`.
+
+    Raises:
+      UsageError: there are no weights, or they do not fit.
+    """
+    weights, origin = read(path, 'config.init_from')
+    loaded, report = partial.load_into(partial.named(fresh.variables), weights, rules)
+    files.write_atomically(report_file, f'{origin}\n{report.text()}')
+    report.check(f'config.init_from={str(path)!r}', f' (all of it: {report_file})')
+    variables = jax.tree.map(_placed, partial.renewed(fresh.variables, loaded), fresh.variables)
+    params = variables.pop('params')
+    extra = {**fresh.extra, **({'ema': jax.tree.map(jnp.copy, params)} if 'ema' in fresh.extra else {})}
+    state = dataclasses.replace(fresh, params=params, model_state=variables, extra=extra)
+    return state, f'{origin}: {report.summary()}'
+
+
+def _placed(new: Any, old: jax.Array) -> jax.Array:
+    """`new` laid out as `old`."""
+    return new if new is old else jax.device_put(new, old.sharding)
 
 
 def record(experiment: Experiment, overrides: list[str], fingerprint: str, more: dict[str, Any]) -> dict[str, Any]:

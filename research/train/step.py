@@ -25,6 +25,8 @@ Gradients = Callable[[Any, Batch, dict[str, jax.Array]], tuple[Any, Terms, Any]]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Terms]]
 Augmentation = Callable[[jax.Array, Batch], Batch]
 
+CONSTANT = ('base', 'teacher')  # collections that no step changes: what an adapter froze, and the teacher's variables
+
 
 def gradients_of(task: Any) -> Gradients:
     """The gradient of the task's loss sum with respect to the parameters."""
@@ -79,7 +81,9 @@ def all_reduce(gradients: Gradients, axis_name: str | None) -> Gradients:
         # Devices must not drop the same units; under jit one mask covers the global batch.
         keys = {name: jax.random.fold_in(key, jax.lax.axis_index(axis_name)) for name, key in rngs.items()}
         grads, found, model_state = gradients(variables, batch, keys)
-        return *jax.lax.psum((grads, found), axis_name), jax.lax.pmean(model_state, axis_name)
+        constant = {name: variables[name] for name in CONSTANT if name in variables}  # the mean of equals may be off by a bit
+        averaged = jax.lax.pmean({k: v for k, v in model_state.items() if k not in CONSTANT}, axis_name)
+        return *jax.lax.psum((grads, found), axis_name), {**averaged, **constant}
 
     return reduced
 
@@ -124,7 +128,8 @@ def averaged(step: Step, decay: float) -> Step:
         new, found = step(state, batch)
         k = new.step.astype(jnp.float32)
         rate = jnp.minimum(decay, (1 + k) / (10 + k))
-        ema = jax.tree.map(lambda old, now: old * rate + now * (1 - rate), state.extra['ema'], new.params)
+        # In this form the average of a frozen leaf is that leaf to the last bit.
+        ema = jax.tree.map(lambda old, now: now + (old - now) * rate, state.extra['ema'], new.params)
         return dataclasses.replace(new, extra={**new.extra, 'ema': ema}), found
 
     return averaged_step

@@ -23,6 +23,9 @@ SPECS = (
     'mixup(probability=0.7)',
     'cutmix(probability=0.7)',
     'normalise(mean=0.4, std=0.25)',
+    "views(strong=('cutout(size=5)',))",
+    'random_resized_crop(area=(0.2, 0.8))',
+    'centre_crop(size=8)',
 )
 COLLECTIVES = ('all-gather', 'all-reduce', 'all-to-all', 'collective-permute', 'reduce-scatter')
 
@@ -106,8 +109,9 @@ def test_the_place_in_the_batch_does_not_matter(spec):
     batch, apply = batch_of(photo_patches()), compiled_on_eight_devices(spec)[1]
     keys = keys_of(batch)
     result = apply(keys, batch)
-    assert result['image'].shape == batch['image'].shape
-    assert not np.array_equal(result['image'], batch['image'])
+    changed = 'strong' if spec.startswith('views') else 'image'
+    assert result[changed].shape == (batch['image'].shape if spec != 'centre_crop(size=8)' else (16, 8, 8, 3))
+    assert not np.array_equal(result[changed], batch['image'])
     order = np.random.default_rng(1).permutation(16)
     if spec.split('(')[0] in MIXING:  # pairs stay together, here exchanged within
         order = (2 * np.random.default_rng(1).permutation(8)[:, None] + [1, 0]).reshape(-1)

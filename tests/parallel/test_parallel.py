@@ -13,8 +13,8 @@ from research.parallel.rules import shardings
 
 def test_the_mesh_has_automatic_axes_that_linen_needs():
     mesh = meshes.make_mesh()
-    assert dict(mesh.shape) == {'data': 8}
-    assert mesh.axis_types == (AxisType.Auto,)
+    assert dict(mesh.shape) == {'data': 8, 'model': 1}
+    assert mesh.axis_types == (AxisType.Auto, AxisType.Auto)
     assert meshes.make_mesh(2).size == 2
 
 
@@ -49,7 +49,7 @@ def test_rules_give_specs():
     [
         ([('.*/kernel', ('data',))], "no rule covers 'b'"),
         ([('.*/kernal', ('data',)), ('.*', ())], 'decides no leaf'),
-        ([('.*/kernel', ('model',)), ('.*', ())], 'does not fit a/kernel'),
+        ([('.*/kernel', ('modle',)), ('.*', ())], 'does not fit a/kernel'),
         ([('.*/kernel', (None, None, 'data')), ('.*', ())], 'does not fit a/kernel'),
         ([('.*/kernel', (None, 'data')), ('.*', ())], "'data' has 8 devices, which do not divide a/kernel"),
     ],

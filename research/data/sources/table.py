@@ -1,14 +1,18 @@
-"""Tables: CSV (plain or .gz) and Parquet, numeric columns in, one target out.
+"""Tables: CSV (plain or .gz) and Parquet, columns in, one target out.
 
-Shape letters: n rows, F feature columns.
+Shape letters: n rows, F columns of numbers.
 
     age,dose,outcome            table(path='trial.csv', target='outcome').splits['all']
     61,0.5,cured                # 'features' float32 (n, 2), 'label' int32: cured 0, ill 1
     47,1.5,ill
+
+    age,ward,outcome            table(path='ward.csv', target='outcome', typed=True).splits['all']
+    61,east,cured               # 'numeric' float32 (n, 1): 61, nan; 'ward' str: 'east', ''; 'label'
+    ,,ill
 """
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,10 +23,23 @@ from research.data.source import ArraySource, DataSet
 SPLITS = ('train', 'test', 'validation')
 SUFFIXES = ('.csv', '.csv.gz', '.parquet')
 MAX_INTEGER_CLASSES = 50  # an integer target with more different values is taken for a quantity
+RESERVED = ('numeric', 'category', 'label', 'mask', 'id', 'epoch')  # keys of a batch that no column of text may have
 
 
-def table(*, path: str, target: str, columns: tuple[str, ...] | None = None, classes: bool | None = None) -> DataSet:
+def table(
+    *,
+    path: str,
+    target: str,
+    columns: tuple[str, ...] | None = None,
+    classes: bool | None = None,
+    typed: bool = False,
+    categories: tuple[str, ...] = (),
+) -> DataSet:
     """Rows of a table: 'features' float32 (n, F), 'label' int32 (n,) for classes or float32 (n,) for regression.
+
+    With `typed`, columns may be text and values may be missing. Instead of 'features' there are 'numeric' float32 (n, F), NaN
+    where a value is missing, and each column of text under its own name, '' where it is missing. The transforms `standardise`,
+    `quantile_normalise` and `encode_categories` of config.data.transforms make of them what a model reads.
 
     Args:
       path: one file (split 'all'), or a folder with train.csv and test.csv or validation.csv (.csv.gz and .parquet alike).
@@ -30,13 +47,16 @@ def table(*, path: str, target: str, columns: tuple[str, ...] | None = None, cla
       columns: the feature columns, in this order; None: all others in the first file's order. Booleans count as 0 and 1.
       classes: whether the target is a class. None: yes for text, booleans and integers of at most 50 different values.
         Class i is the i-th of the sorted values of the training table (of the only table).
+      typed: keep numbers and text apart, as the training table (the only table) has them, and let values be missing.
+      categories: with `typed`, columns that are read as text though they look like numbers, such as postal codes.
 
     Raises:
-      UsageError: a file or column is missing, a feature is not a number, values are missing (with their number), a class is
-        not in the training table.
+      UsageError: a file or column is missing, a feature is not a number or (unless `typed`) a value is missing, with their
+        number, a class is not in the training table.
     """
     root = pathlib.Path(path).expanduser()
-    tables = {split: Table(file) for split, file in _find_files(root).items()}
+    files = _find_files(root)
+    tables = {split: Table(file) for split, file in files.items()}
     first = next(iter(tables.values()))
     if columns is None:
         columns = tuple(name for name in first.names if name != target)
@@ -44,27 +64,25 @@ def table(*, path: str, target: str, columns: tuple[str, ...] | None = None, cla
         raise UsageError(
             f'the features are {columns} and the target is {target!r}', 'name at least one feature, not the target'
         )
-    targets = {split: t.target(target) for split, t in tables.items()}
-    features = {split: t.features(columns) for split, t in tables.items()}
-    known = targets[next(iter(targets))]
-    if classes is None:
-        classes = known.dtype.kind in 'Ub' or (known.dtype.kind in 'iu' and len(np.unique(known)) <= MAX_INTEGER_CLASSES)
-    values = np.unique(known) if classes else None
-    labels = {split: _label(tables[split], target, found, values) for split, found in targets.items()}
-    splits = {
-        split: ArraySource({'features': features[split], 'label': labels[split]}, label='label' if classes else None)
-        for split in tables
-    }
-    class_names = None if values is None else tuple(str(value) for value in values)
+    labels, class_names = _labels(tables, target, classes)
+    if typed:
+        texts = _check_texts(first.texts(columns, categories))
+        features = {split: Table(file, texts).typed(columns, texts) for split, file in files.items()}
+    elif categories:
+        raise UsageError(f'categories={categories} of a table that is not typed', 'set config.data.source.typed=True')
+    else:
+        features = {split: {'features': t.features(columns)} for split, t in tables.items()}
+    label = None if class_names is None else 'label'
+    splits = {split: ArraySource({**features[split], 'label': labels[split]}, label) for split in tables}
     return DataSet(root.name.split('.')[0], dict(splits), class_names)
 
 
 class Table:
-    """One file as columns; every complaint names the file."""
+    """One file as columns, those called `as_text` as text; every complaint names the file."""
 
-    def __init__(self, file: pathlib.Path):
-        self.file = file
-        self._table = _read(file)
+    def __init__(self, file: pathlib.Path, as_text: Sequence[str] = ()):
+        self.file, self._as_text = file, as_text
+        self._table = _read(file, as_text)
         self.names: list[str] = self._table.column_names
         doubled = sorted({name for name in self.names if self.names.count(name) > 1})
         if doubled or not len(self._table):
@@ -72,16 +90,36 @@ class Table:
             raise UsageError(f'{file} {what}', 'correct the table')
 
     def features(self, names: Sequence[str]) -> np.ndarray:
-        """The columns `names` as float32 (n, F)."""
+        """The columns `names` as float32 (n, F); none of their values is missing."""
+        return self._numbers(names, _complaint, 'encode or fill them, or choose others with columns=(...)')
+
+    def typed(self, names: Sequence[str], texts: Sequence[str]) -> dict[str, np.ndarray]:
+        """'numeric' float32 (n, F), NaN where missing, of those columns that are no `texts`; and these by name as str."""
+        numbers = [name for name in names if name not in texts]
+        read = {name: [value or '' for value in self._column(name).to_pylist()] for name in names if name in texts}
+        numeric = self._numbers(numbers, _complaint_if_typed, 'correct them, or choose others with columns=(...)')
+        return {'numeric': numeric, **{name: np.array(column, object) for name, column in read.items()}}
+
+    def texts(self, names: Sequence[str], also: Sequence[str]) -> list[str]:
+        """Which of the columns `names` are text, and `also`.
+
+        Raises:
+          UsageError: one of `also` is not in `names`.
+        """
+        for name in also:
+            if name not in names:
+                raise UsageError(f'categories={also}, but {name!r} is no feature', nearest(name, names))
+        return [name for name in names if name in also or _is_text(self._column(name))]
+
+    def _numbers(self, names: Sequence[str], complaint_of: Callable[[Any], str | None], fix: str) -> np.ndarray:
         columns = [self._column(name) for name in names]
-        found = {name: _complaint(column) for name, column in zip(names, columns, strict=True)}
+        found = {name: complaint_of(column) for name, column in zip(names, columns, strict=True)}
         wrong = [f'column {name!r} {complaint}' for name, complaint in found.items() if complaint]
         if wrong:
             more = f' ... ({len(wrong)} columns in all)' if len(wrong) > 5 else ''
-            raise UsageError(
-                f'{self.file}: {"; ".join(wrong[:5])}{more}', 'encode or fill them, or choose others with columns=(...)'
-            )
-        return np.stack([column.cast('float64').to_numpy().astype(np.float32) for column in columns], axis=1)  # (n, F)
+            raise UsageError(f'{self.file}: {"; ".join(wrong[:5])}{more}', fix)
+        read = [column.cast('float64').to_numpy().astype(np.float32) for column in columns]
+        return np.stack(read, axis=1) if read else np.zeros((len(self._table), 0), np.float32)  # (n, F)
 
     def target(self, name: str) -> np.ndarray:
         """The column `name` as (n,) numbers, booleans or text."""
@@ -106,6 +144,8 @@ class Table:
         column = self._table.column(name)
         if types.is_dictionary(column.type):  # Parquet's categories
             column = column.cast(column.type.value_type)
+        if name in self._as_text:
+            return column.cast('string')
         return column.cast('float64') if types.is_decimal(column.type) else column
 
 
@@ -125,14 +165,34 @@ def _find_files(root: pathlib.Path) -> dict[str, pathlib.Path]:
     return {split: files[0] for split, files in found.items() if files}
 
 
-def _read(file: pathlib.Path) -> Any:
-    """The pyarrow table of a file; pyarrow unpacks .gz itself."""
+def _labels(tables: dict[str, Table], name: str, classes: bool | None) -> tuple[dict[str, np.ndarray], tuple[str, ...] | None]:
+    """The targets of each table, (n,) int32 classes or float32 quantities, and the names of the classes; None: quantities."""
+    targets = {split: rows.target(name) for split, rows in tables.items()}
+    known = next(iter(targets.values()))
+    if classes is None:
+        classes = known.dtype.kind in 'Ub' or (known.dtype.kind in 'iu' and len(np.unique(known)) <= MAX_INTEGER_CLASSES)
+    values = np.unique(known) if classes else None
+    labels = {split: _label(tables[split], name, found, values) for split, found in targets.items()}
+    return labels, None if values is None else tuple(str(value) for value in values)
+
+
+def _check_texts(texts: list[str]) -> list[str]:
+    """Raises a UsageError if a column of text is called like another key of a batch."""
+    clash = sorted(set(texts) & set(RESERVED))
+    if clash:
+        raise UsageError(f'a column of text is called {clash[0]!r}, which names something else in a batch', 'rename it')
+    return texts
+
+
+def _read(file: pathlib.Path, as_text: Sequence[str]) -> Any:
+    """The pyarrow table of a file; pyarrow unpacks .gz itself. A CSV's columns `as_text` keep their characters: '007'."""
     from pyarrow import csv, parquet
 
     if not file.name.endswith(SUFFIXES):
         raise UsageError(f'{file} is not a table that can be read', f'known: {", ".join(SUFFIXES)}')
     try:
-        return parquet.read_table(file) if file.suffix == '.parquet' else csv.read_csv(file)
+        options = csv.ConvertOptions(column_types=dict.fromkeys(as_text, 'string'))
+        return parquet.read_table(file) if file.suffix == '.parquet' else csv.read_csv(file, convert_options=options)
     except (ValueError, OSError) as error:  # pyarrow's own errors are ValueErrors and OSErrors
         raise UsageError(f'{file} cannot be read: {error}', 'correct the table') from error
 
@@ -168,6 +228,14 @@ def _complaint(column: Any) -> str | None:
         return f'holds {column.type} in {rows} of {rows} rows'
     missing = _missing(column)
     return f'is missing or not finite in {missing} of {rows} rows' if missing else None
+
+
+def _complaint_if_typed(column: Any) -> str | None:
+    """Why a column cannot be a typed table's numbers; None if it can."""
+    if _is_text(column) or not _is_number(column):
+        return _complaint(column)
+    infinite = int(np.sum(np.abs(column.cast('float64').to_numpy()) > np.finfo(np.float32).max))
+    return f'is infinite, or too large for float32, in {infinite} of {len(column)} rows' if infinite else None
 
 
 def _reads_as_number(text: str | None) -> bool:

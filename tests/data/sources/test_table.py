@@ -150,3 +150,86 @@ def test_files_that_cannot_be_had(tmp_path):
     (tmp_path / 'b.csv.gz').write_bytes(gzip.compress(CSV.encode())[:-9])
     with pytest.raises(UsageError, match=r'b\.csv\.gz cannot be read'):
         table(path=str(tmp_path / 'b.csv.gz'), target='outcome')
+
+
+TYPED = 'age,ward,zip,smokes,outcome\n61,east,007,true,ill\n,west,7,false,cured\n33,,12,,ill\n'
+
+
+def test_typed_columns_keep_text_and_missing_values(tmp_path):
+    found = table(path=save(tmp_path / 'a.csv', TYPED), target='outcome', typed=True)
+    block = whole(found)
+    np.testing.assert_array_equal(block['numeric'], np.float32([[61, 7, 1], [np.nan, 7, 0], [33, 12, np.nan]]))
+    assert block['numeric'].dtype == np.float32
+    assert (block['ward'].dtype, block['ward'].tolist()) == (np.dtype(object), ['east', 'west', ''])
+    assert set(block) == {'numeric', 'ward', 'label'}
+    assert (found.class_names, block['label'].tolist()) == (('cured', 'ill'), [1, 0, 1])
+
+
+def test_categories_that_look_like_numbers_keep_their_characters(tmp_path):
+    found = table(path=save(tmp_path / 'a.csv', TYPED), target='outcome', typed=True, categories=('zip', 'smokes'))
+    block = whole(found)
+    assert block['zip'].tolist() == ['007', '7', '12']
+    assert block['smokes'].tolist() == ['true', 'false', '']
+    assert block['numeric'].shape == (3, 1)
+
+
+def test_typed_columns_of_parquet(tmp_path):
+    columns = {
+        'x': pa.array([1.5, None, 2.5]),
+        'colour': pa.array(['red', None, 'blue']).dictionary_encode(),
+        'code': pa.array([7, 8, None]),
+        'empty': pa.nulls(3),
+        'y': pa.array([0.25, 0.5, 0.75]),
+    }
+    parquet.write_table(pa.table(columns), tmp_path / 'a.parquet')
+    found = table(path=str(tmp_path / 'a.parquet'), target='y', typed=True, categories=('code',))
+    block = whole(found)
+    np.testing.assert_array_equal(block['numeric'], np.float32([[1.5, np.nan], [np.nan, np.nan], [2.5, np.nan]]))
+    assert (block['colour'].tolist(), block['code'].tolist()) == (['red', '', 'blue'], ['7', '8', ''])
+    assert (found.class_names, block['label'].tolist()) == (None, [0.25, 0.5, 0.75])
+
+
+def test_the_training_table_says_what_is_text(tmp_path):
+    save(tmp_path / 'train.csv', 'x,c,y\n1,1,a\n2,b,b\n')
+    save(tmp_path / 'test.csv', 'x,c,y\n3,01,a\n')  # alone, this column reads as integers
+    found = table(path=str(tmp_path), target='y', typed=True)
+    assert whole(found, 'test')['c'].tolist() == ['01']
+    save(tmp_path / 'test.csv', 'x,c,y\nthree,1,a\n')
+    with pytest.raises(UsageError, match=r"test\.csv: column 'x' holds text in 1 of 1 rows"):
+        table(path=str(tmp_path), target='y', typed=True)
+
+
+def test_typed_columns_of_one_kind_only(tmp_path):
+    words = whole(table(path=save(tmp_path / 'a.csv', 'a,b,y\nu,v,1\nw,x,2\n'), target='y', typed=True))
+    assert words['numeric'].shape == (2, 0)
+    numbers = whole(table(path=save(tmp_path / 'b.csv', 'a,y\n1,1\n2,2\n'), target='y', typed=True, columns=('a',)))
+    assert set(numbers) == {'numeric', 'label'}
+
+
+def test_typed_rows_have_the_hash_of_their_raw_values(tmp_path):
+    """Row order, other rows and transforms do not move a row; any of its values does."""
+    keys = {}
+    for name, rows in (('a', ['1,u,0', '2,v,1', ',,1']), ('b', ['2,v,1', '3,longer text,0', ',,1', '1,u,0']), ('c', ['1,w,0', '2,v,0'])):
+        text = 'x,c,y\n' + '\n'.join(rows) + '\n'
+        source = table(path=save(tmp_path / f'{name}.csv', text), target='y', typed=True, classes=True).splits['all']
+        keys[name] = source.keys().tolist()
+    assert [keys['b'][3], keys['b'][0], keys['b'][2]] == keys['a']
+    assert not set(keys['c']) & set(keys['a'])
+
+
+@pytest.mark.parametrize(
+    ('text', 'arguments', 'message'),
+    [
+        ('x,y\ninf,1\nnan,0\n-inf,1\n,1\n', {}, "column 'x' is infinite, or too large for float32, in 2 of 4 rows\n  fix: correct them"),
+        ('x,y\n1e39,1\n1,0\n', {}, "column 'x' is infinite, or too large for float32, in 1 of 2 rows"),
+        ('x,y\n2020-01-01,1\n', {}, "column 'x' holds date32.* in 1 of 1 rows"),
+        ('x,y\n1,\n2,a\n', {}, "target 'y' is missing in 1 of 2 rows"),
+        ('mask,y\na,1\n', {}, "a column of text is called 'mask'.*\n  fix: rename it"),
+        ('x,y\n1,1\n', {'categories': ('z',)}, r"categories=\('z',\), but 'z' is no feature"),
+        ('x,y\n1,1\n', {'categories': ('y',)}, "'y' is no feature"),
+        ('x,y\n1,1\n', {'categories': ('x',), 'typed': False}, 'of a table that is not typed\n.*typed=True'),
+    ],
+)
+def test_refusals_of_typed_tables(tmp_path, text, arguments, message):
+    with pytest.raises(UsageError, match=message):
+        table(path=save(tmp_path / 'a.csv', text), **{'target': 'y', 'typed': True, **arguments})

@@ -1,0 +1,29 @@
+"""An LSTM that reads the digits of scikit-learn row by row, with variational dropout, plain dropout or none.
+
+    python launch.py --config=configs/digits_lstm.py
+    python launch.py --config=configs/digits_lstm.py:dropout=plain
+
+RESULT
+"""
+
+from research.core.schema import default_config
+
+RATES = {
+    'variational': 'input_dropout=0.1, recurrent_dropout=0.3, output_dropout=0.3, variational=True',
+    'plain': 'input_dropout=0.1, recurrent_dropout=0.3, output_dropout=0.3, variational=False',
+    'none': '',
+}
+
+
+def get_config(dropout: str = 'variational', epochs: int = 60):
+    """The config; `dropout`: 'variational', 'plain' or 'none'; `epochs`: passes over the 1,276 training digits."""
+    config = default_config()
+    config.data.source = 'digits'
+    config.data.batch_size = 64
+    config.model = f'rnn(cell="lstm", hidden=(128,), pooling="last", {RATES[dropout]})'
+    config.optimizer.learning_rate = 3e-3
+    config.optimizer.schedule = {'name': 'cosine', 'warmup': '5%'}
+    config.optimizer.clip = 'global_norm(max_norm=1.0)'
+    config.train.duration = f'{epochs} epochs'
+    config.evaluate.every = '5%'
+    return config

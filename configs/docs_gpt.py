@@ -1,0 +1,37 @@
+"""A small GPT on the English text that ships with Python: the second quick start, on a language model's own terms.
+
+    python launch.py --config=configs/docs_gpt.py
+    python launch.py --config=configs/docs_gpt.py:tokenizer=bpe
+
+RESULT
+"""
+
+from research.core.schema import default_config
+
+
+def get_config(tokenizer: str = 'byte', steps: int = 400):
+    """The config.
+
+    Args:
+      tokenizer: 'byte', or 'bpe' with 2,048 tokens trained on the training texts.
+      steps: optimiser steps of 4,096 tokens.
+    """
+    config = default_config()
+    config.data.source = 'python_docs'
+    config.data.tokenizer = {'byte': 'byte', 'bpe': 'bpe(vocabulary_size=2048)'}[tokenizer]
+    config.data.transforms = ['windows(length=128)']
+    config.data.test = 0.1
+    config.data.batch_size = 32
+    config.data.evaluation_batch_size = 128
+    config.model = {
+        'name': 'decoder', 'depth': 4, 'width': 128, 'heads': 4, 'positions': 'rotary', 'norm': 'rms', 'bias': False,
+    }  # fmt: skip
+    config.task = 'language'
+    config.optimizer.name = 'adamw'
+    config.optimizer.learning_rate = 3e-3
+    config.optimizer.weight_decay = 0.1
+    config.optimizer.schedule = {'name': 'cosine', 'warmup': '10%'}
+    config.optimizer.clip = 'global_norm(max_norm=1.0)'
+    config.train.duration = f'{steps} steps'
+    config.evaluate.every = '25%'
+    return config

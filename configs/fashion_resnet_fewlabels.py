@@ -1,0 +1,45 @@
+"""Fashion-MNIST with 400 labels of 54,000: a small ResNet by FixMatch, and the same network by the labels alone.
+
+    python launch.py --config=configs/fashion_resnet_fewlabels.py --config.data.source.dir=/usr/share/datasets/fashion-mnist
+    python launch.py --config=configs/fashion_resnet_fewlabels.py:recipe=supervised
+    python launch.py --config=configs/fashion_resnet_fewlabels.py:labels=1000,steps=4000
+
+RESULT
+"""
+
+from research.core.schema import default_config
+
+UNLABELLED = 3  # unlabelled examples for each labelled one in a batch
+
+
+def get_config(recipe: str = 'fixmatch', labels: int = 400, steps: int = 1000):
+    """The config.
+
+    Args:
+      recipe: 'fixmatch', or 'supervised': the same network, steps and weak augmentation, all of every batch labelled.
+      labels: how many labels are used, the same number of each class; those of fewer are among those of more.
+      steps: length of the training.
+    """
+    config = default_config()
+    config.data.source = 'fashion_mnist'
+    config.data.batch_size = 64
+    weak = ['flip', 'pad_crop(padding=2)']
+    config.data.augment = weak
+    config.data.preprocess = ['normalise(mean=0.286, std=0.353)']
+    config.data.transforms = [{'name': 'few_labels', 'labels': f'{labels} examples', 'unlabelled': 0}]
+    config.model = {'name': 'resnet', 'stages': (1, 1, 1), 'stem': 'cifar', 'width': 16}
+    if recipe == 'fixmatch':
+        config.data.transforms[0]['unlabelled'] = UNLABELLED
+        config.data.augment = [{'name': 'views', 'strong': (*weak, 'randaugment', 'cutout(size=8)')}, *weak]
+        config.task = {'name': 'fixmatch', 'unlabelled': UNLABELLED}
+    elif recipe != 'supervised':
+        raise ValueError(f'recipe is {recipe!r}, neither fixmatch nor supervised')
+    config.optimizer.name = 'nesterov'
+    config.optimizer.learning_rate = 0.05
+    config.optimizer.weight_decay = 5e-4
+    config.optimizer.decay = 'l2'
+    config.optimizer.schedule = {'name': 'cosine', 'warmup': '5%'}
+    config.train.duration = f'{steps} steps'
+    config.train.ema = 0.99
+    config.evaluate.every = '20%'
+    return config

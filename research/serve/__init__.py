@@ -1,0 +1,1 @@
+"""From a trained run to what others use: export."""

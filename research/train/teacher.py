@@ -1,0 +1,62 @@
+"""Teachers for distillation: the model of a finished run, by its run directory.
+
+Of what the run recorded only its model is built, and its newest weights are read (averaged where it kept an average). The
+student's data and task stand for the rest, so teacher and student see the same arrays; where the run saw its examples
+otherwise (other preprocessing, another tokenizer), its outputs would mean something else, and it is refused.
+"""
+
+import functools
+import pathlib
+from typing import Any
+
+from research.core import fields, registry
+from research.core.errors import UsageError
+from research.core.schema import Experiment
+from research.data import tokenizers
+from research.data.source import DataSpec
+from research.tasks.distill import Teacher
+from research.train import weights
+from research.train.run_directory import RunDirectory
+
+
+def restore(experiment: Experiment, data: DataSpec, path: str, trust: bool) -> Teacher:
+    """The model of the run in `path`, for a student that is trained as `experiment` says on `data`.
+
+    Args:
+      experiment: the student's.
+      data: what the data look like.
+      path: the teacher's run directory.
+      trust: build a model that the run names as `package.module:Thing`, which can call any function.
+
+    Raises:
+      UsageError: there is no run, it names a model that is not trusted, or it saw its examples otherwise.
+    """
+    run = RunDirectory(path).read_run()
+    if run is None:
+        raise UsageError(f'config.task.teacher={path!r} holds no run', 'give the --workdir of a trained run')
+    component = registry.component('model', run['config']['model'], 'config.model')
+    if ':' in component.name and not trust:
+        raise UsageError(
+            f'the teacher in {path} names code outside Fulcrum: {component.name}', 'if you trust it, set config.task.trust=True'
+        )
+    _check_view(experiment, data, run, path)
+    return Teacher(component.bound(), functools.partial(_read, path))
+
+
+def _read(path: str) -> dict[str, Any]:
+    return weights.read_run(pathlib.Path(path), 'config.task.teacher')[0]
+
+
+def _check_view(experiment: Experiment, data: DataSpec, run: dict[str, Any], path: str) -> None:
+    """Refuses a teacher that saw its examples otherwise than the student does."""
+    ours, theirs = fields.to_plain(experiment.data.preprocess), run['config']['data']['preprocess']
+    if ours != theirs:
+        raise UsageError(
+            f'the teacher in {path} was trained with config.data.preprocess={theirs}, the student has {ours}',
+            'give the student the same preprocessing',
+        )
+    folder = pathlib.Path(path) / 'tokenizer'
+    if data.tokenizer is not None and tokenizers.load(folder).fingerprint != data.tokenizer.fingerprint:
+        raise UsageError(
+            f'the teacher in {path} reads with another tokenizer than the student', f'give the student the one in {folder}'
+        )
