@@ -19,7 +19,7 @@ def get_config(epochs: int = 5, patch: int = 7):
     config = default_config()
     config.data.source = 'fashion_mnist'
     config.data.batch_size = 64
-    config.data.augment = ['flip', 'pad_crop(padding=2)']
+    config.data.augment = ['flip']
     config.data.preprocess = ['normalise(mean=0.286, std=0.353)']
     config.model = {'name': 'vit', 'patch': patch, 'width': 64, 'depth': 4, 'heads': 4}
     config.optimizer.name = 'adamw'

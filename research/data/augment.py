@@ -176,7 +176,7 @@ def _erase(images: jax.Array, boxes: jax.Array, fill: jax.Array) -> jax.Array:
 def normalise(*, mean: tuple[float, ...] | float = 0.0, std: tuple[float, ...] | float = 1.0) -> Augmentation:
     """(image / 255 - mean) / std in float32; `mean` and `std` are one number or one per channel, on the 0..1 scale.
 
-    It draws nothing, so it serves evaluation too. The default gives 0..1. The second view 'strong' that `views` makes is treated
+    It draws nothing, so it serves evaluation too. The default gives 0..1. The view 'strong' that `views` makes is treated
     alike. A batch without images passes as it is: this is the default preprocessing of every data set.
 
     Raises:

@@ -54,7 +54,7 @@ def standardise(*, key: str = 'numeric') -> Transform:
     def transform(data: DataSet) -> DataSet:
         known = _numbers(data.splits['train'], key)  # (n, F)
         mean, deviation = np.nanmean(known, 0), np.nanstd(known, 0)  # (F,)
-        scale = np.where(np.nanmax(known, 0) > np.nanmin(known, 0), deviation, 1.0)
+        scale = np.where(deviation > 0, deviation, 1.0)
         return _map_numbers(data, key, lambda x: (x - mean) / scale)
 
     return transform

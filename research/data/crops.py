@@ -64,9 +64,7 @@ def centre_crop(*, size: int) -> Augmentation:
     return on_images(transform)
 
 
-def _draw_boxes(
-    keys: jax.Array, height: int, width: int, area: tuple[float, float], aspect: tuple[float, float]
-) -> jax.Array:
+def _draw_boxes(keys: jax.Array, height: int, width: int, area: tuple[float, float], aspect: tuple[float, float]) -> jax.Array:
     """Top, left, height and width of the part of each example in pixels, (B, 4) float32, inside the image."""
 
     def draw(key: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ Shape letters: n documents, N tokens of all of them, B rows of a block, W width 
     table.offsets                                   # (n + 1,): document i is tokens[offsets[i]:offsets[i + 1]]
     table.rows(table.offsets[[5, 2]], table.lengths[[5, 2]], width=8, fill=0)       # ids (2, 8) int32 and where they are real
 
-Up to 64 MB the array is in memory. A larger one is written to the private cache folder, block by block, and mapped; it is
+Up to 16 MB the array is in memory. A larger one is written to the private cache folder, block by block, and mapped; it is
 found again there by the fingerprints of the texts and of the tokenizer, so the same run starts without tokenising.
 """
 
@@ -27,7 +27,7 @@ from research.data.plan import mix
 from research.data.source import DataSet, Source, Tokenizer, fingerprint
 
 READ = 1024  # documents that are read and tokenised at once
-MEMORY_LIMIT = 64 * 2**20  # bytes
+MEMORY_LIMIT = 16 * 2**20  # bytes; what takes longer to make than to find again
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

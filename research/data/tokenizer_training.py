@@ -9,7 +9,8 @@ arguments give the same tokenizer on every machine, for any number of threads; w
 folder under a digest of the texts, the arguments and the library's version. Trained vocabularies begin with seven special
 tokens in the order pad 0, bos 1, eos 2, unknown 3, mask 4, cls 5, sep 6 (byte-level kinds leave `unknown` out).
 
-On 40 MB of English `bpe(vocabulary_size=8192)` trains in about 10 s and encodes 5 to 10 MB a second on two cores.
+On 40 MB of English `bpe(vocabulary_size=8192)` trains in 24 s of processor time and encodes about 2 MB a second and core;
+`wordpiece` 1.3 MB, `characters` 50 MB and `byte` 100 MB (a shared 2.8 GHz Xeon).
 """
 
 import collections

@@ -26,8 +26,8 @@ NOT_INSIDE = {
 def views(*, strong: tuple[str | dict, ...] = ('randaugment', 'cutout(size=8)')) -> Augmentation:
     """Adds 'strong' (B, H, W, C): 'image' after the augmentations `strong` in order; 'image' itself stays as it is.
 
-    The keys of an example in the strong view differ from those of the other components, so nothing is drawn twice. The default is
-    that of FixMatch (Sohn et al. 2020, arXiv:2001.07685, section 2.3) with cutout of 8 pixels.
+    An example's keys in the strong view differ from those of the other components, so nothing is drawn twice. The default is
+    FixMatch's RandAugment and cutout (Sohn et al. 2020, arXiv:2001.07685, section 2.3), at fixed strength.
 
     Args:
       strong: augmentations, each spelt as in `config.data.augment`.

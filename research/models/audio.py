@@ -1,20 +1,24 @@
-"""An encoder of audio: log-mel features, two strided convolutions, and a Transformer or a bidirectional recurrent network.
+"""An encoder of audio: log-mel features, strided convolutions, and a Transformer or a bidirectional recurrent network.
 
-Shape letters: B batch, N samples, T frames (hop 10 ms), U = T / 4 steps (40 ms), M mels, D width, K outputs.
+Shape letters: B batch, N samples, T frames (one every 10 ms), U steps (with strides (2, 2) one every 40 ms), M mels,
+C channels, D width, K outputs.
 
-    AudioEncoder(30)                                         on 16 kHz audio        1,919,646 parameters
-    AudioEncoder(30, body='rnn', width=256, depth=3)         on 16 kHz audio        1,123,358 parameters
+    AudioEncoder(30)                                         on 16 kHz audio        1,920,030 parameters
+    AudioEncoder(30, body='rnn', width=256, depth=3)         on 16 kHz audio        1,123,870 parameters
 
-The way of two seconds at 16 kHz: (B, 32000) -> features (B, 198, 40) -> convolutions (B, 99, D) -> (B, 50, D) -> body (B, 50, D)
--> outputs (B, 50, K), or (B, K) with `pooling='mean'`. Each mel is normalised to mean 0 and variance 1 over the true frames of
-its utterance; frames beyond an utterance's length are zero before every convolution and unseen by the body, and no layer mixes
-utterances, so padding never influences. Convolutions pad k // 2 frames on either side whatever the length, so output t always
-stands for the frames around 2 t.
+The way of two seconds at 16 kHz: (B, 32000) -> features (B, 198, 40) -> convolutions (B, 99, C) -> (B, 50, C) -> body
+(B, 50, D) -> outputs (B, 50, K), or (B, K) with `pooling='mean'`. Each mel is normalised to mean 0 and variance 1 over the true
+frames of its utterance; frames beyond an utterance's length are zero before every convolution and unseen by the body, and no
+layer mixes utterances, so padding never influences. Convolutions pad k // 2 frames on either side whatever the length, so with
+a stride of 2 output t always stands for the frames around 2 t.
+
+A step must be short against what it is to tell apart: CTC on characters spoken at 17 a second needs 20 ms, strides (2, 1).
 
 With `pooling='none'` and one output for each token and blank this is a network for CTC (task `ctc`): it needs
 `output_lengths`, the true steps of each utterance. The Transformer's positions are rotary.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -46,6 +50,8 @@ class AudioEncoder(nn.Module):
       depth: layers of the body.
       heads: of a Transformer.
       cell: 'gru' or 'lstm', of a recurrent body.
+      channels: C, of the convolutions; None: D. A Transformer needs C = D.
+      strides: of the convolutions, of which there are as many.
       kernel: frames that a convolution sees; odd.
       dropout: rate before the body and inside it: variational dropout on the outputs of recurrent layers.
       recurrent_dropout: rate of variational dropout inside recurrent layers.
@@ -62,6 +68,8 @@ class AudioEncoder(nn.Module):
     depth: int = 4
     heads: int = 4
     cell: str = 'gru'
+    channels: int | None = None
+    strides: tuple[int, ...] = (2, 2)
     kernel: int = 3
     dropout: float = 0.1
     recurrent_dropout: float = 0.0
@@ -87,18 +95,19 @@ class AudioEncoder(nn.Module):
         if inputs.ndim != 2:
             raise UsageError(f"model 'audio_encoder' reads audio (B, N), not {inputs.shape}", 'give one channel')
         lengths = jnp.full(inputs.shape[:1], inputs.shape[1]) if lengths is None else lengths
-        x = self.convolve(self.listen(inputs, lengths, train), self.front_end.frame_lengths(lengths))  # (B, U, D)
-        steps = self.output_lengths(lengths)  # (B,)
-        x = self.contextualise(x, steps, train)
-        return _mean(x, steps) if self.pooling == 'mean' else x
+        x = self.convolve(self.listen(inputs, lengths, train), self.front_end.frame_lengths(lengths))  # (B, U, C)
+        segments = (jnp.arange(x.shape[1]) < self.output_lengths(lengths)[:, None]).astype(jnp.int32)  # (B, U)
+        x = self.contextualise(x, segments, train)
+        return layers.masked_mean(x, segments) if self.pooling == 'mean' else x  # (B, D) or (B, U, D)
 
     def setup(self):
         """Convolutions and body."""
         self._check()
-        same = [(self.kernel // 2,) * 2]
+        channels, same = self.channels or self.width, [(self.kernel // 2,) * 2]
         self.convolutions = [
-            nn.Conv(self.width, (self.kernel,), strides=2, padding=same, promote_dtype=_as_kernel) for _ in range(2)
+            nn.Conv(channels, (self.kernel,), strides=stride, padding=same, promote_dtype=_as_kernel) for stride in self.strides
         ]
+        self.norm = layers.make_norm('layer', 1e-5)
         self.drop = nn.Dropout(self.dropout)
         if self.body == 'transformer':
             options = LayerOptions(width=self.width, heads=self.heads, rotary=True, dropout=self.dropout)
@@ -120,7 +129,7 @@ class AudioEncoder(nn.Module):
     @nn.nowrap
     def output_lengths(self, lengths: jax.Array) -> jax.Array:
         """The true steps (B,) of audio with `lengths` (B,) true samples."""
-        return _halved(_halved(self.front_end.frame_lengths(lengths)))
+        return functools.reduce(_strided, self.strides, self.front_end.frame_lengths(lengths))
 
     @nn.nowrap
     def listen(self, audio: jax.Array, lengths: jax.Array, train: bool) -> jax.Array:
@@ -128,24 +137,21 @@ class AudioEncoder(nn.Module):
         frames = self.front_end.frame_lengths(lengths)  # (B,)
         x = normalise(self.front_end(audio), frames)
         if train and (self.frequency_masks or self.time_masks):
-            augment = SpecAugment(
-                self.frequency_masks, self.frequency_width, self.time_masks, self.time_width, self.time_share
-            )
+            augment = SpecAugment(self.frequency_masks, self.frequency_width, self.time_masks, self.time_width, self.time_share)
             x = augment(self.make_rng('dropout'), x, frames)
         return x
 
     @nn.nowrap
     def convolve(self, x: jax.Array, frames: jax.Array) -> jax.Array:
-        """Maps features (B, T, M) with `frames` (B,) true ones to (B, U, D)."""
-        for convolution in self.convolutions:
+        """Maps features (B, T, M) with `frames` (B,) true ones to (B, U, C)."""
+        for convolution, stride in zip(self.convolutions, self.strides, strict=True):
             x = nn.relu(convolution(_within(x, frames)))
-            frames = _halved(frames)
-        return x
+            frames = _strided(frames, stride)
+        return self.norm(x)
 
     @nn.nowrap
-    def contextualise(self, x: jax.Array, steps: jax.Array, train: bool) -> jax.Array:
-        """Maps x (B, U, D) with `steps` (B,) true ones to (B, U, D) that know their surroundings."""
-        segments = (jnp.arange(x.shape[1]) < steps[:, None]).astype(jnp.int32)  # (B, U)
+    def contextualise(self, x: jax.Array, segments: jax.Array, train: bool) -> jax.Array:
+        """Maps x (B, U, C) to (B, U, D) that know their surroundings; `segments` (B, U) is 0 beyond the true steps, else 1."""
         x = self.drop(x, deterministic=not train)
         if self.body == 'rnn':
             return self.stack(x, train, segments)[0]
@@ -163,6 +169,12 @@ class AudioEncoder(nn.Module):
             layers.check_choice(f'model.{field}', getattr(self, field), known)
         if self.kernel % 2 == 0 or self.width % 2:
             raise UsageError(f'model.kernel={self.kernel}, model.width={self.width}', 'the kernel must be odd, the width even')
+        if min(self.strides, default=0) < 1:
+            raise UsageError(f'model.strides={self.strides}', 'give the stride of each convolution, e.g. (2, 2)')
+        if self.body == 'transformer' and self.channels not in (None, self.width):
+            raise UsageError(
+                f'model.channels={self.channels} is not model.width={self.width}', "leave it out, or set model.body='rnn'"
+            )
 
 
 def normalise(features: jax.Array, frames: jax.Array) -> jax.Array:
@@ -180,17 +192,11 @@ def _as_kernel(inputs: jax.Array, kernel: jax.Array, bias: jax.Array, **_: Any) 
     return inputs.astype(kernel.dtype), kernel, bias
 
 
-def _halved(lengths: jax.Array) -> jax.Array:
-    """The length behind a convolution of stride 2."""
-    return (lengths + 1) // 2
+def _strided(lengths: jax.Array, stride: int) -> jax.Array:
+    """The lengths behind a convolution of this stride."""
+    return -(-lengths // stride)
 
 
 def _within(x: jax.Array, lengths: jax.Array) -> jax.Array:
     """x (B, T, D) with zeros beyond `lengths` (B,)."""
     return jnp.where((jnp.arange(x.shape[1]) < lengths[:, None])[..., None], x, 0)
-
-
-def _mean(x: jax.Array, lengths: jax.Array) -> jax.Array:
-    """The mean (B, D) of x (B, U, D) over its first `lengths` (B,) steps."""
-    total = jnp.sum(_within(x, lengths).astype(jnp.float32), axis=1)
-    return (total / jnp.maximum(lengths, 1)[:, None]).astype(x.dtype)

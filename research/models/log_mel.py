@@ -6,9 +6,10 @@ Shape letters: B batch, N samples, T frames, W samples of one frame, M mels, R b
     front_end(audio)                                  # (B, 16000) int16 -> (B, 198, 40) float32: 1 + (16000 - 200) // 80 = 198
     front_end.frame_lengths(jnp.array([16000, 100]))  # [198, 0]
 
-A frame lies wholly inside the signal (nothing is mirrored or padded at its ends), so what follows a signal's true end changes no
-frame before it. Each is multiplied by a periodic Hann window and zero-padded to the next power of two; the squared magnitudes
-of its Fourier transform are weighed by triangles, and the natural logarithm is taken, of `floor` where there is less power.
+A frame lies wholly inside the signal (nothing is mirrored or padded at its ends), so what follows a signal's true end changes
+no frame before it. Each is multiplied by a periodic Hann window and zero-padded to the next power of two; the squared
+magnitudes of its Fourier transform are weighed by triangles, and the natural logarithm is taken, of `floor` where there is less
+power.
 
 The triangles' corners are equally spaced in mels: HTK's 2595 log10(1 + f / 700) with triangles of height 1 (O'Shaughnessy 1987,
 p. 150), or Slaney's scale, linear to 1000 Hz and logarithmic above, with triangles of equal area, 2 / width in Hz (Slaney

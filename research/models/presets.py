@@ -15,7 +15,7 @@
     bert_base           12    768     12  12    3072       30522    109,482,240  Devlin et al., 2019, section 3
     bert_large          24   1024     16  16    4096       30522    335,141,888
     vaswani_base       6+6    512      8   8    2048       37000     63,082,496  Vaswani et al., 2017, table 3 (65 million)
-    t5_like_small      6+6    512      8   8    2048       32128     60,506,112  Raffel et al., 2020, section 3.1.1, and t5-small
+    t5_like_small      6+6    512      8   8    2048       32128     60,506,112  Raffel et al., 2020, section 3, and t5-small
     t5_like_base     12+12    768     12  12    3072       32128    222,902,784
     tiny_decoder         2     64      4   4     256         256        116,480  for tests and first steps
     tiny_encoder         2     64      4   4     256         256        116,740  with 'mean' pooling and 4 classes

@@ -79,7 +79,7 @@ class ResNet(nn.Module):
         if self.version == '1.5':
             x = nn.relu(layers.norm(self.norm, x, train, name='stem_norm'))
         if self.stem == 'imagenet':
-            x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))  # (B, H / 4, W / 4, C)
+            x = pool(x)  # (B, H / 4, W / 4, C)
         for stage, count in enumerate(self.stages):
             for index in range(count):
                 x = self._block(stage, index)(x, train)
@@ -143,8 +143,15 @@ class PreActivation(nn.Module):
 def convolution(features: int, kernel: int, stride: int, name: str, zero: bool = False) -> nn.Conv:
     """A square convolution without bias, padded evenly by (kernel - 1) / 2; He et al. 2015 initialisation by fan-out."""
     init = nn.initializers.zeros if zero else nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
-    side, padding = (kernel, kernel), ((kernel - 1) // 2,) * 2
-    return nn.Conv(features, side, (stride, stride), (padding, padding), use_bias=False, kernel_init=init, name=name)
+    padding = (kernel - 1) // 2
+    both = ((padding, padding), (padding, padding))
+    return nn.Conv(features, (kernel, kernel), (stride, stride), both, use_bias=False, kernel_init=init, name=name)
+
+
+def pool(x: jax.Array) -> jax.Array:
+    """Max pooling over 3 x 3 pixels with stride 2; what lies outside the image is never the largest."""
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)  # (B, H + 2, W + 2, C)
+    return nn.max_pool(padded, (3, 3), (2, 2))  # (B, H / 2, W / 2, C)
 
 
 def basic(features: int, stride: int) -> Convolutions:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from research.core.errors import UsageError, nearest
+from research.models import layers
 from research.models.recurrent import CELLS, RecurrentStack, zero_state
 
 POOLINGS = ('last', 'mean', 'none')
@@ -115,7 +116,7 @@ class RNN(nn.Module):
         if self.pooling == 'none':
             return outputs
         if self.pooling == 'mean':
-            return _mean(outputs, segments)
+            return layers.masked_mean(outputs, segments)
         width = self.hidden[-1]
         return jnp.concatenate([outputs[:, -1, :width], outputs[:, 0, width:]], axis=-1)  # (B, W): both directions at their end
 
@@ -174,12 +175,3 @@ class RNN(nn.Module):
                 raise UsageError(f'model.{field} is {getattr(self, field)}, outside [0, 1)', f'try model.{field}=0.2')
         if not self.hidden or min(self.hidden) < 1:
             raise UsageError(f'model.hidden is {self.hidden}', 'give the width of each layer, e.g. model.hidden=(128,)')
-
-
-def _mean(outputs: jax.Array, segments: jax.Array | None) -> jax.Array:
-    """The mean of outputs (B, T, W) over the steps that are not padding, (B, W); 0 where all are."""
-    if segments is None:
-        return outputs.mean(axis=1)
-    weights = (segments > 0).astype(jnp.float32)[..., None]  # (B, T, 1)
-    total = jnp.sum(outputs * weights, axis=1)  # (B, W), summed in float32
-    return (total / jnp.maximum(weights.sum(axis=1), 1)).astype(outputs.dtype)

@@ -23,8 +23,8 @@ from research.models import layers
 from research.models.attention import IMPLEMENTATIONS, Attention, Rotation, rotation
 
 GATED = {'swiglu': 'silu', 'geglu': 'gelu', 'reglu': 'relu'}  # Shazeer, 2020
-REMAT = ('none', 'full', 'dots')
 Cache = dict[str, jax.Array]
+State = tuple[jax.Array, Cache | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +84,8 @@ class LayerOptions:
         if self.rotary and self.size % 2:
             raise UsageError(f'rotary positions turn pairs, and the head size is {self.size}', 'give an even head_size')
         if self.rotary_scaling is not None and len(self.rotary_scaling) != 4:
-            raise UsageError(
-                f'rotary_scaling={self.rotary_scaling} has not four numbers', 'give (factor, low, high, original length)'
-            )
+            fix = 'give (factor, low, high, original length)'
+            raise UsageError(f'rotary_scaling={self.rotary_scaling} has not four numbers', fix)
         layers.check_choice('activation', self.activation, (*layers.ACTIVATIONS, *GATED))
         layers.check_choice('norm', self.norm, ('layer', 'rms'))
         layers.check_choice('norm_position', self.norm_position, ('pre', 'post'))
@@ -108,18 +107,8 @@ class LayerOptions:
 
     def make_attention(self, out_std: float) -> Attention:
         """One attention layer."""
-        return Attention(
-            width=self.width,
-            heads=self.heads,
-            kv_heads=self.num_kv_heads,
-            head_size=self.size,
-            bias=self.bias,
-            qk_norm=self.qk_norm,
-            norm_eps=self.norm_eps,
-            init_std=self.init_std,
-            out_std=out_std,
-            implementation=self.attention,
-        )
+        sizes = (self.width, self.heads, self.num_kv_heads, self.size)
+        return Attention(*sizes, self.bias, self.qk_norm, self.norm_eps, self.init_std, out_std, self.attention)
 
     def rotation(self, positions: jax.Array) -> Rotation | None:
         """The rotary angles of positions (B, T); None if positions are not rotary."""
@@ -168,48 +157,47 @@ class Block(nn.Module):
         self.feed_forward_norm, self.feed_forward = options.make_norm(), FeedForward(options, self.out_std)
         self.drop = nn.Dropout(options.dropout)
 
-    def __call__(self, x: jax.Array, cache: Cache | None, context: Context, train: bool) -> tuple[jax.Array, Cache | None]:
-        """x (B, T, D) and this layer's cache, both as they are after the block."""
-        deterministic = not train
-
-        def residual(x: jax.Array, norm: nn.Module, branch: Any) -> jax.Array:
-            if self.options.norm_position == 'pre':
-                return x + self.drop(branch(norm(x)), deterministic=deterministic)
-            return norm(x + self.drop(branch(x), deterministic=deterministic))
-
-        if cache is None:
-            x = residual(x, self.attention_norm, functools.partial(self._attend, context=context))
-        else:
-            normalised = self.attention_norm(x) if self.options.norm_position == 'pre' else x
-            cache = cache | self._extended(normalised, cache, context)
-            x = residual(x, self.attention_norm, functools.partial(self._attend_cached, cache=cache, context=context))
+    def __call__(self, state: State, layer: int | jax.Array, context: Context, train: bool) -> tuple[State, None]:
+        """x (B, T, D) and the cache of all layers, both as they are after this one, number `layer`."""
+        x, cache = state
+        y, cache = self._attend(self._before(x, self.attention_norm), cache, layer, context)
+        x = self._after(x, y, self.attention_norm, train)
         if self.options.cross:
-            x = residual(x, self.cross_norm, functools.partial(self._attend_memory, cache=cache, context=context))
-        return residual(x, self.feed_forward_norm, self.feed_forward), cache
+            y = self._attend_memory(self._before(x, self.cross_norm), cache, layer, context)
+            x = self._after(x, y, self.cross_norm, train)
+        y = self.feed_forward(self._before(x, self.feed_forward_norm))
+        return (self._after(x, y, self.feed_forward_norm, train), cache), None
 
-    def remember(self, memory: jax.Array, cache: Cache, context: Context, train: bool) -> tuple[jax.Array, Cache]:
-        """The memory (B, M, D) as it is, and the cache with its keys and values for this layer, (B, M, G, K)."""
+    def remember(self, memory: jax.Array, layer: int | jax.Array, context: Context, train: bool) -> tuple[jax.Array, Cache]:
+        """The memory (B, M, D) as it is, and its keys and values for this layer, (B, M, G, K)."""
         key, value = self.cross_attention.project(memory)
-        return memory, cache | {'memory_key': key, 'memory_value': value}
+        return memory, {'memory_key': key, 'memory_value': value}
 
-    def _attend(self, x: jax.Array, context: Context) -> jax.Array:
-        return self.attention(x, causal=self.options.causal, segments=context.segments, rotation=context.rotation)
+    def _before(self, x: jax.Array, norm: nn.Module) -> jax.Array:
+        return norm(x) if self.options.norm_position == 'pre' else x
 
-    def _extended(self, x: jax.Array, cache: Cache, context: Context) -> Cache:
-        """The cache with the keys and values of x (B, T, D) at `context.slots`; slots beyond its end are dropped."""
+    def _after(self, x: jax.Array, y: jax.Array, norm: nn.Module, train: bool) -> jax.Array:
+        x = x + self.drop(y, deterministic=not train)
+        return norm(x) if self.options.norm_position == 'post' else x
+
+    def _attend(self, x: jax.Array, cache: Cache | None, layer: int | jax.Array, context: Context) -> State:
+        """Self-attention; with a cache, to all that it holds once x (B, T, D) is in it at `context.slots`."""
+        if cache is None:
+            return self.attention(x, causal=self.options.causal, segments=context.segments, rotation=context.rotation), None
         rows = jnp.arange(x.shape[0])[:, None]  # (B, 1)
-        new = dict(zip(('key', 'value'), self.attention.project(x, context.rotation), strict=True))
-        return {name: cache[name].at[rows, context.slots].set(new[name].astype(cache[name].dtype), mode='drop') for name in new}
+        cache = dict(cache)
+        for name, new in zip(('key', 'value'), self.attention.project(x, context.rotation), strict=True):
+            # In place where the caller gives the buffer away; beyond the cache's end there is nothing to write to.
+            cache[name] = cache[name].at[layer, rows, context.slots].set(new.astype(cache[name].dtype), mode='drop')
+        key, value = (cache[name][layer].astype(x.dtype) for name in ('key', 'value'))  # (B, S, G, K)
+        return self.attention.read(x, key, value, context.rotation, slots=context.slots), cache
 
-    def _attend_cached(self, x: jax.Array, cache: Cache, context: Context) -> jax.Array:
-        key, value = (cache[name].astype(x.dtype) for name in ('key', 'value'))
-        return self.attention.read(x, key, value, context.rotation, slots=context.slots)
-
-    def _attend_memory(self, x: jax.Array, cache: Cache | None, context: Context) -> jax.Array:
-        if cache is not None:
-            key, value = (cache[name].astype(x.dtype) for name in ('memory_key', 'memory_value'))
-        else:
+    def _attend_memory(self, x: jax.Array, cache: Cache | None, layer: int | jax.Array, context: Context) -> jax.Array:
+        """Cross-attention to the memory, or to what the cache holds of it."""
+        if cache is None:
             key, value = self.cross_attention.project(context.memory)
+        else:
+            key, value = (cache[name][layer].astype(x.dtype) for name in ('memory_key', 'memory_value'))
         segments = context.segments
         if context.memory_segments is None or segments is None:
             segments = None if context.memory_segments is None else jnp.ones(x.shape[:2], jnp.int32)
@@ -229,8 +217,7 @@ class Stack(nn.Module):
       options: what a block is.
       depth: L.
       scan: compile one block and loop over it: compilation time does not grow with L.
-      remat: what the backward pass computes again instead of keeping it: 'none', 'full' (all of a block) or 'dots' (all but the
-        results of matrix products with weights).
+      remat: what the backward pass computes again: 'none', 'full' (all of a block) or 'dots' (all but products with weights).
     """
 
     options: LayerOptions
@@ -240,17 +227,16 @@ class Stack(nn.Module):
 
     def setup(self):
         """The output projections of pre-norm blocks start smaller by sqrt(2 L) (Radford et al., 2019, section 2.3)."""
-        layers.check_choice('remat', self.remat, REMAT)
+        layers.check_choice('remat', self.remat, ('none', 'full', 'dots'))
         pre = self.options.norm_position == 'pre'
         out_std = self.options.init_std / ((2 * self.depth) ** 0.5 if pre else 1)
-        block = self._rematerialised()
+        block = Block if self.remat == 'none' else self._rematerialised()
         if self.scan:
-            in_axes = (0, nn.broadcast, nn.broadcast)  # cache, context, train
             self.layers = nn.scan(
                 block,
                 variable_axes={'params': 0},
                 split_rngs={'params': True, 'dropout': True},
-                in_axes=in_axes,
+                in_axes=(0, nn.broadcast, nn.broadcast),  # layer, context, train
                 length=self.depth,
                 methods=['__call__', 'remember'],
             )(self.options, out_std)
@@ -281,34 +267,34 @@ class Stack(nn.Module):
         """
         positions = jnp.arange(x.shape[1])[None] if positions is None else positions
         context = Context(segments, self.options.rotation(positions), memory, memory_segments)
-        return self._finish(self._run('__call__', x, None, context, train)[0])
+        (x, _), _ = self._run('__call__', (x, None), context, train)
+        return self._finish(x)
 
     def decode(
         self, x: jax.Array, cache: Cache, slots: jax.Array, memory_segments: jax.Array | None = None
     ) -> tuple[jax.Array, Cache]:
         """Maps new tokens x (B, n, D) at `slots` (B, n) of the cache, and extends the cache, of leaves (L, B, S, G, K)."""
         context = Context(None, self.options.rotation(slots), None, memory_segments, slots)
-        x, cache = self._run('__call__', x, cache, context, False)
+        (x, cache), _ = self._run('__call__', (x, cache), context, False)
         return self._finish(x), cache
 
     def remember(self, memory: jax.Array, cache: Cache) -> Cache:
         """The cache with 'memory_key' and 'memory_value' (L, B, M, G, K) of the memory (B, M, D)."""
-        return self._run('remember', memory, cache, Context(), False)[1]
+        return cache | self._run('remember', memory, Context(), False)[1]
 
-    def _run(self, method: str, x: jax.Array, cache: Cache | None, context: Context, train: bool) -> tuple[jax.Array, Any]:
+    def _run(self, method: str, state: Any, context: Context, train: bool) -> tuple[Any, Any]:
+        """The state after `method` of all blocks in turn, and what they gave beside it, stacked."""
         if self.scan:
-            return getattr(self.layers, method)(x, cache, context, train)
-        changed = []
-        for index, block in enumerate(self.layers):
-            x, layer_cache = getattr(block, method)(x, jax.tree.map(lambda c, i=index: c[i], cache), context, train)
-            changed.append(layer_cache)
-        return x, jax.tree.map(lambda *c: jnp.stack(c), *changed)
+            return getattr(self.layers, method)(state, jnp.arange(self.depth), context, train)
+        given = []
+        for layer, block in enumerate(self.layers):
+            state, more = getattr(block, method)(state, layer, context, train)
+            given.append(more)
+        return state, jax.tree.map(lambda *x: jnp.stack(x), *given)
 
     def _finish(self, x: jax.Array) -> jax.Array:
         return self.final_norm(x) if self.options.norm_position == 'pre' else x
 
     def _rematerialised(self) -> Any:
-        if self.remat == 'none':
-            return Block
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == 'dots' else None
         return nn.remat(Block, static_argnums=(4,), prevent_cse=not self.scan, policy=policy)

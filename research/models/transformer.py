@@ -76,7 +76,7 @@ class Decoder(Transformer):
 
     @nn.nowrap
     def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> dict[str, Any]:
-        """An empty cache for texts of up to `length` S tokens: 'layers', 'key' and 'value' (L, B, S, G, K), and 'length' (B,)."""
+        """An empty cache for texts of up to S tokens: 'layers', of 'key' and 'value' (L, B, S, G, K), and 'length' (B,)."""
         self.check_length(length)
         empty = empty_cache(self.layer_options(causal=True), self.depth, batch, length, dtype)
         return {'layers': empty, 'length': jnp.zeros(batch, jnp.int32)}

@@ -47,8 +47,8 @@ class ViT(nn.Module):
       activation: see `LayerOptions`; the original's is 'gelu'.
       norm_eps: epsilon of the normalisations.
       dropout: rate after the positions and in every block.
-      init_std: standard deviation of fresh kernels; None: D^-1/2, that of Glorot & Bengio 2010 for a square kernel. (The 0.02 of
-        language models is much less in narrow models, which then learn slowly.)
+      init_std: standard deviation of fresh kernels; None: D^-1/2, that of Glorot & Bengio 2010 for a square kernel. (The 0.02
+        of language models is much less where D is small, and such a model learns slowly.)
       scan: compile one block and loop over it.
       remat: what the backward pass computes again, see `Stack`.
       attention: implementation of attention, see `attention.choose`.
@@ -132,7 +132,7 @@ def sincos2d(grid: Grid, width: int) -> jax.Array:
 def resize_positions(embedding: jax.Array, old_grid: Grid, new_grid: Grid) -> jax.Array:
     """Learned positions for images of another size, by bilinear interpolation, smoothed where the grid shrinks.
 
-    For weights of 224 x 224 in a ViT-S/16 on 384 x 384: `resize_positions(embedding, (14, 14), (24, 24))`, (197, D) -> (577, D).
+    From 224 x 224 to 384 x 384 with patches of 16: `resize_positions(embedding, (14, 14), (24, 24))`, (197, D) -> (577, D).
 
     Args:
       embedding: (P, D) or (1, P, D); the patches row by row, behind the class token if there is one, which stays as it is.

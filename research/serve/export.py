@@ -52,10 +52,14 @@ def export_run(workdir: pathlib.Path, overrides: list[str], trust: bool = False)
     directory, experiment = recorded(workdir, overrides, trust, 'an export')
     chosen = experiment.export
     folder = pathlib.Path(chosen.directory) if chosen.directory else directory.path / 'export' / chosen.format
-    check_target(folder)
+    if chosen.state == 'best' and not directory.best.is_dir():
+        raise UsageError(
+            f'{directory.path} keeps no best state', "use export.state='newest', or train with config.checkpoint.best"
+        )
     _, spec = build_splits(experiment.data)
     leaves, source = weights.read_run(directory.path, '--workdir', state=chosen.state)
     config, tensors = describe(experiment, spec, leaves)
+    check_target(folder)
     written = write(folder, config, tensors, experiment, spec)
     compare(folder, leaves)
     number = sum(leaf.size for leaf in leaves.values())

@@ -9,11 +9,11 @@ is the label that the strong view is trained on:
     loss = mean over labelled examples of CE(weak, label)
          + unlabelled_weight * mean over all examples of 1[max p >= threshold] CE(strong, argmax p),   p = softmax(weak)
 
-In one (sum, weight) pair: where a share s = 1 / (1 + unlabelled) of all examples is labelled, the mean over them is
-(1 / s) * (their sum) / B, so every example adds (1 + unlabelled) * labelled * CE + unlabelled_weight * 1[...] CE to the sum and 1 to
-the weight. The share is a constant of the mixture, not counted in the batch: so microbatches and devices add up to the same
-loss however the labelled examples fall among them. With 2 of 16 examples labelled, CE 0.5 and 0.7, and three sure ones with
-CE 0.4, 0.8 and 2.0: (8 * 1.2 + 3.2) / 16 = 0.8 = 0.6 + 0.2.
+In one (sum, weight) pair: where a share s = 1 / (1 + unlabelled) of all examples is labelled, the mean over them is their sum
+divided by s B. So every example adds (1 + unlabelled) * labelled * CE + unlabelled_weight * 1[...] CE to the sum, and 1 to the
+weight. The share is a constant of the mixture, not counted in the batch: microbatches and devices add up to the same loss
+however the labelled examples fall among them. With 2 of 16 examples labelled, CE 0.5 and 0.7, and three sure ones with CE 0.4,
+0.8 and 2.0: (8 * 1.2 + 3.2) / 16 = 0.8 = 0.6 + 0.2.
 """
 
 import dataclasses
@@ -37,9 +37,9 @@ class FixMatch(Classify):
     `focal_gamma` and `class_weights` apply to the labelled part, whose sum is divided by the number of labelled examples, not
     by their weights. The labels of unlabelled examples may be anything: neither loss nor accuracy looks at them.
 
-    Terms beside 'loss': 'accuracy' of the weak view on labelled examples, 'labelled_share' (it must come to 1 / (1 + unlabelled)),
-    'pseudo_share' of examples whose pseudo-label counts, and 'pseudo_accuracy' of those among them whose label is a class (after
-    `few_labels`, which hides the others, only the labelled ones: an optimistic number).
+    Terms beside 'loss': 'accuracy' of the weak view on labelled examples; 'labelled_share', which must come to
+    1 / (1 + unlabelled); 'pseudo_share', of the examples whose pseudo-label counts; 'pseudo_accuracy', of those among them
+    whose label is a class (after `few_labels`, which hides the others, only the labelled ones: an optimistic number).
 
     Attributes:
       labels: the key of the batch that holds the classes, (B,) int.

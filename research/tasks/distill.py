@@ -57,12 +57,11 @@ class Distill:
       model: makes the student's module.
       data: what the data look like.
       dtype: the type that student and teacher compute in.
-      restore: the teacher of a run directory; its second argument is `trust`.
+      restore: the teacher of a run directory.
       teacher: the run directory of the teacher.
       task: the task that is distilled, as a config writes it: of one output vector an example, or of tokens.
       temperature: t > 0.
       weight: w in [0, 1], the teacher's share of the loss.
-      trust: build the teacher's model although its run names it as `package.module:Thing`, which can call any function.
 
     Raises:
       UsageError: a value out of range, a task that gives no logits, or a run that is no teacher.
@@ -71,12 +70,11 @@ class Distill:
     model: Callable[..., nn.Module]
     data: DataSpec
     dtype: Any = jnp.float32
-    restore: Callable[[str, bool], Teacher]
+    restore: Callable[[str], Teacher]
     teacher: str
     task: str = 'classify'
     temperature: float = 2.0
     weight: float = 0.5
-    trust: bool = False
 
     def __post_init__(self):
         if not self.temperature > 0 or not 0 <= self.weight <= 1:
@@ -99,7 +97,7 @@ class Distill:
     @functools.cached_property
     def restored(self) -> Teacher:
         """The teacher; its weights are not read yet."""
-        return self.restore(self.teacher, self.trust)
+        return self.restore(self.teacher)
 
     @functools.cached_property
     def teacher_task(self) -> Supervised | TokenTask:

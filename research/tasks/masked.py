@@ -75,12 +75,12 @@ class Masked(TokenTask):
     def arguments(self, batch: Batch) -> dict[str, Any]:
         """The rows with their chosen tokens hidden, their segments and positions."""
         extras = {EXTRAS[key]: batch[key] for key in ('segment', 'position') if key in batch}
-        return self.ready({'inputs': self.hide(batch)['shown'], **extras}, batch)
+        return self.ready({'inputs': self.hide(batch)['masked_tokens'], **extras}, batch)
 
     def targets(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """The tokens that were chosen, (B, M), and the weight of each."""
         hidden = self.hide(batch)
-        return jnp.take_along_axis(jnp.asarray(batch[self.inputs]), hidden['place'], 1), hidden['chosen']
+        return jnp.take_along_axis(jnp.asarray(batch[self.inputs]), hidden['masked_places'], 1), hidden['masked_weights']
 
     def scores(self, variables: Variables, batch: Batch, rngs: Keys | None, train: bool) -> tuple[Scores, dict[str, Any]]:
         """As `TokenTask.scores`, (B, M) each."""
@@ -92,12 +92,12 @@ class Masked(TokenTask):
         """As `ModuleTask.apply`, at the chosen places: features (B, M, D) or logits (B, M, V)."""
         batch = self.hide(batch)
         features, state = super().apply(variables, batch, rngs, train, 'features')  # (B, T, D)
-        chosen = jnp.take_along_axis(features, batch['place'][..., None], 1)  # (B, M, D)
+        chosen = jnp.take_along_axis(features, batch['masked_places'][..., None], 1)  # (B, M, D)
         return (chosen if method == 'features' else self.head(variables, chosen)), state
 
     def hide(self, batch: Batch) -> Batch:
-        """The batch with 'shown' (B, T), what the model sees, 'place' (B, M), and 'chosen' (B, M): 1 if that place counts."""
-        if 'shown' in batch:
+        """The batch with 'masked_tokens' (B, T), what the model sees, 'masked_places' and their 'masked_weights' (B, M)."""
+        if 'masked_tokens' in batch:
             return batch
         tokens = jnp.asarray(batch[self.inputs])
         real = true_places(batch.get('segment'), batch['mask'], tokens)
@@ -122,4 +122,4 @@ class Masked(TokenTask):
         shown = jnp.where(kind < self.mask_share + self.random_share, word, tokens[place])
         shown = jnp.where(kind < self.mask_share, mask, shown)
         shown = tokens.at[place].set(jnp.where(chosen, shown, tokens[place]).astype(tokens.dtype))
-        return {'shown': shown, 'place': place, 'chosen': weights[place] * chosen}
+        return {'masked_tokens': shown, 'masked_places': place, 'masked_weights': weights[place] * chosen}

@@ -5,13 +5,13 @@ Shape letters: B batch, N samples, T steps of the network, U tokens of a transcr
     task = CTC(model=AudioEncoder, data=spec, metrics=('wer', 'cer'))
     batch: 'audio' (B, N), 'audio_length' (B,), and from the transform `pad`: 'tokens' and 'segment' (B, U)
 
-The network has V + 1 outputs at each step: the tokens with their own ids, and the blank, whose id is V (so no tokenizer needs to
-know of it). A path of tokens and blanks stands for the transcript that is left when repetitions are merged and blanks dropped,
-`a a _ a b b` for `a a b`; the loss is -log of the summed probability of all paths that stand for the true one.
+The network has V + 1 outputs at each step: the tokens with their own ids, and the blank, whose id is V (so no tokenizer needs
+to know of it). A path of tokens and blanks stands for the transcript that is left when repetitions are merged and blanks
+dropped, `a a _ a b b` for `a a b`; the loss is -log of the summed probability of all paths that stand for the true one.
 
 A transcript needs a step for each token and one more between equal neighbours. Where an utterance has fewer steps no path
-exists: it is left out of the loss, and the term 'alignable' tells the share of utterances that are not. It is not left out of the
-error rates.
+exists: it is left out of the loss, and the term 'alignable' tells the share of utterances that are not. It is not left out
+of the error rates.
 """
 
 import dataclasses
@@ -99,9 +99,7 @@ class CTC(ModuleTask):
         logits, _ = self.logits(variables, batch, None, train=False)
         return best_path(logits, self.steps(batch), self.blank)
 
-    def logits(
-        self, variables: Variables, batch: Batch, rngs: Keys | None, train: bool
-    ) -> tuple[jax.Array, dict[str, Any]]:
+    def logits(self, variables: Variables, batch: Batch, rngs: Keys | None, train: bool) -> tuple[jax.Array, dict[str, Any]]:
         """Float32 logits (B, T, V + 1), zero in masked rows, and the new model state."""
         logits, state = self.apply(variables, batch, rngs, train)
         if logits.ndim != 3 or logits.shape[-1] != self.num_outputs:
@@ -117,7 +115,7 @@ class CTC(ModuleTask):
 
 
 def steps_needed(tokens: jax.Array, true: jax.Array) -> jax.Array:
-    """The fewest steps (B,) that a path for `tokens` (B, U) has: one for each `true` (B, U) one, and between equal neighbours."""
+    """The fewest steps (B,) of a path for `tokens` (B, U): one for each `true` (B, U) one, and between equal neighbours."""
     repeated = (tokens[:, 1:] == tokens[:, :-1]) & true[:, 1:]
     return true.sum(axis=1) + repeated.sum(axis=1)
 

@@ -136,7 +136,7 @@ def with_constants(state: TrainState, task: Task) -> TrainState:
     found = {}
     for name, weights in adapters.constants_of(task).items():
         loaded, report = partial.load_into(partial.named(state.model_state[name]), weights, partial.EVERYTHING, resize=False)
-        report.check(f'the {name} of this run')
+        report.check(f'the {name} of config.task', 'it must have been trained with the same classes or vocabulary')
         found[name] = partial.renewed(state.model_state[name], loaded)
     placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), found, {k: state.model_state[k] for k in found})
     return dataclasses.replace(state, model_state={**state.model_state, **placed})

@@ -6,7 +6,6 @@ evaluation -> summary. Features are components, wrappers of the step (`step.py`)
 
 import collections
 import contextlib
-import math
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from research.parallel import cache
 from research.parallel import mesh as meshes
 from research.tasks.base import Task
 from research.train import build, flops, start
+from research.train.adapters import describe_size
 from research.train.checkpoint import Checkpoints
 from research.train.evaluate import Evaluator
 from research.train.hooks import CheckpointHook, EarlyStopHook, EvaluateHook, Hook, LogHook, check_watched
@@ -136,10 +136,10 @@ def _introduce(run: Run, task: Task, parts: build.Parts) -> None:
     if experiment.log.model_table:
         arguments = jax.eval_shape(task.arguments, build.preprocessed(experiment, parts.batch))
         run.reporter.say(flops.table(task.module, arguments, run.reporter.table_width))
-    num_parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parts.abstract.params))
+    size = describe_size(parts.abstract.params, parts.abstract.model_state, experiment.optimizer.rate_rules)
     step_flops = 'unknown' if facts.step_flops is None else f'{facts.step_flops:.3g}'
     sizes = ', '.join(f'{name} {len(run.splits[name]):,}' for name in ('train', 'validation', 'test') if name in run.splits)
-    run.reporter.say(f'model  {experiment.model}: {num_parameters:,} parameters')
+    run.reporter.say(f'model  {experiment.model}: {size}')
     run.reporter.say(f'data   {experiment.data.source}: {sizes} examples')
     run.reporter.say(f'run    {run.total_steps:,} steps of {facts.batch_size} examples, {step_flops} FLOPs each')
     if experiment.parallel.compile == 'pmap' and 'batch_stats' in parts.abstract.model_state and run.mesh.size > 1:

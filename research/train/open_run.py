@@ -38,9 +38,9 @@ def recorded(
     run = directory.read_run()
     if run is None or not directory.checkpoints.is_dir():
         raise UsageError(f'{workdir} holds no run', 'give the --workdir of a run that saved a checkpoint')
-    foreign = sorted(name for text in strings(run['config']) for name in FOREIGN.findall(text))
-    if foreign and not trust:
-        raise UsageError(f'the run in {workdir} names code outside Fulcrum: {foreign[0]}', 'if you trust it, add --trust_run')
+    names = foreign(run['config'])
+    if names and not trust:
+        raise UsageError(f'the run in {workdir} names code outside Fulcrum: {names[0]}', 'if you trust it, add --trust_run')
     config = copy.deepcopy(run['config'])
     for override in overrides:
         path, _, text = override.partition('=')
@@ -50,6 +50,11 @@ def recorded(
     if changes:
         raise UsageError(f'{purpose} cannot change what was trained: {changes[0]}', 'change evaluate.final, say, or parallel')
     return directory, experiment
+
+
+def foreign(config: Any) -> list[str]:
+    """Every 'package.module:Thing' that a plain config names, in order of the alphabet."""
+    return sorted(name for text in strings(config) for name in FOREIGN.findall(text))
 
 
 def strings(config: Any) -> Iterator[str]:

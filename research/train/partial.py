@@ -58,7 +58,7 @@ class Report:
         resized = f', {len(self.resized)} of them resized' if self.resized else ''
         return f'{len(self.loaded)} leaves loaded{resized}, {len(self.fresh)} fresh'
 
-    def check(self, what: str, more: str = '') -> None:
+    def check(self, what: str, fix: str, more: str = '') -> None:
         """Refuses weights that do not fit; `what` begins the message, `more` ends it.
 
         Raises:
@@ -67,11 +67,7 @@ class Report:
         kinds = {'missing': self.missing, 'unexpected': self.unexpected, 'mis-shaped': self.misshaped}
         found = [f'{len(lines)} {kind} ({_listed(lines)})' for kind, lines in kinds.items() if lines]
         if found:
-            raise UsageError(
-                f'{what} does not fit this model: {"; ".join(found)}{more}',
-                'the usual causes: another model, size, vocabulary or number of classes; to load a part, for example '
-                "config.init_rules=(('head/.*', False), ('.*', True))",
-            )
+            raise UsageError(f'{what} does not fit this model: {"; ".join(found)}{more}', fix)
 
 
 def load_into(target: Any, weights: Mapping[str, Any], rules: Rules, resize: bool = True) -> tuple[Any, Report]:
@@ -97,7 +93,7 @@ def load_into(target: Any, weights: Mapping[str, Any], rules: Rules, resize: boo
     taken, resized, misshaped = {}, [], []
     for name in (name for name in flat if wanted[name] and name in given):
         array, shape = given[name], tuple(flat[name].shape)
-        fitted = fit_positions(name, array, shape, flat) if resize else None
+        fitted = fit_positions(name, array, shape, flat)
         if tuple(array.shape) == shape:
             taken[name] = np.asarray(array, flat[name].dtype)
         elif fitted is not None:

@@ -25,6 +25,11 @@ from research.train.run_directory import RunDirectory
 from research.train.state import TrainState
 from research.train.weights import read
 
+FIX = (
+    'the usual causes are another model, size, vocabulary or number of classes; to load a part, for example '
+    "config.init_rules=(('head/.*', False), ('.*', True))"
+)
+
 
 def check_fingerprint(directory: RunDirectory, fingerprint: str, allow_change: bool) -> None:
     """Refuses to go on with a run on other data than it began with.
@@ -63,7 +68,7 @@ def _from_other(fresh: TrainState, path: pathlib.Path, rules: Rules, report_file
     weights, origin = read(path, 'config.init_from')
     loaded, report = partial.load_into(partial.named(fresh.variables), weights, rules)
     files.write_atomically(report_file, f'{origin}\n{report.text()}')
-    report.check(f'config.init_from={str(path)!r}', f' (all of it: {report_file})')
+    report.check(f'config.init_from={str(path)!r}', FIX, f' (all of it: {report_file})')
     variables = jax.tree.map(_placed, partial.renewed(fresh.variables, loaded), fresh.variables)
     params = variables.pop('params')
     extra = {**fresh.extra, **({'ema': jax.tree.map(jnp.copy, params)} if 'ema' in fresh.extra else {})}

@@ -16,28 +16,29 @@ from research.data import tokenizers
 from research.data.source import DataSpec
 from research.tasks.distill import Teacher
 from research.train import weights
+from research.train.open_run import foreign
 from research.train.run_directory import RunDirectory
 
 
-def restore(experiment: Experiment, data: DataSpec, path: str, trust: bool) -> Teacher:
+def restore(experiment: Experiment, data: DataSpec, path: str) -> Teacher:
     """The model of the run in `path`, for a student that is trained as `experiment` says on `data`.
 
-    Args:
-      experiment: the student's.
-      data: what the data look like.
-      path: the teacher's run directory.
-      trust: build a model that the run names as `package.module:Thing`, which can call any function.
+    A run directory may come from anyone, and `package.module:Thing` can call any function: such a model is built only if the
+    student's own config names something of the same package, which whoever starts the student has written or trusted.
 
     Raises:
-      UsageError: there is no run, it names a model that is not trusted, or it saw its examples otherwise.
+      UsageError: there is no run, its model is not trusted, or it saw its examples otherwise.
     """
     run = RunDirectory(path).read_run()
     if run is None:
         raise UsageError(f'config.task.teacher={path!r} holds no run', 'give the --workdir of a trained run')
     component = registry.component('model', run['config']['model'], 'config.model')
-    if ':' in component.name and not trust:
+    package = component.name.partition(':')[0].partition('.')[0]
+    own = {name.partition('.')[0] for name in foreign(fields.to_plain(experiment))}
+    if ':' in component.name and package not in own:
         raise UsageError(
-            f'the teacher in {path} names code outside Fulcrum: {component.name}', 'if you trust it, set config.task.trust=True'
+            f'the teacher in {path} names code that your config does not: {component.name}',
+            f'if you trust it, take the model of the student from {package!r} too',
         )
     _check_view(experiment, data, run, path)
     return Teacher(component.bound(), functools.partial(_read, path))

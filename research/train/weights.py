@@ -47,8 +47,8 @@ def read_run(path: pathlib.Path, what: str, state: str = 'newest') -> tuple[Weig
     variables = {'params': model['params'] if average is None else average, **model.get('model_state', {})}
     if 'base' in variables:
         variables = _merged(directory, variables)
-    kind = 'parameters' if average is None else 'averaged parameters'
-    return {name: np.asarray(leaf) for name, leaf in named(variables).items()}, f'{kind} of step {step} from {path}'
+    kind = '' if average is None else ', averaged'
+    return {name: np.asarray(leaf) for name, leaf in named(variables).items()}, f'parameters of step {step} from {path}{kind}'
 
 
 def _merged(directory: RunDirectory, variables: dict[str, Any]) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def compiled_on_eight_devices(spec):
 
 
 # without jit each operation is compiled by itself, and these have many
-MANY_OPERATIONS = ('randaugment', 'random_erasing', 'colour_jitter', 'mixup')
+MANY_OPERATIONS = ('randaugment', 'random_erasing', 'random_resized_crop', 'colour_jitter', 'mixup')
 SLOW = [pytest.param(spec, marks=pytest.mark.slow) if spec.startswith(MANY_OPERATIONS) else spec for spec in SPECS]
 
 

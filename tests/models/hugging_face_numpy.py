@@ -122,9 +122,7 @@ def bert(tensors, config, tokens, mask):
     eps, number = config['layer_norm_eps'], config['num_attention_heads']
     name = 'bert.embeddings'
     x = tensors[f'{name}.word_embeddings.weight'][tokens] + tensors[f'{name}.token_type_embeddings.weight'][0]
-    x = layer_norm(
-        tensors, f'{name}.LayerNorm', x + tensors[f'{name}.position_embeddings.weight'][: tokens.shape[1]], eps
-    )
+    x = layer_norm(tensors, f'{name}.LayerNorm', x + tensors[f'{name}.position_embeddings.weight'][: tokens.shape[1]], eps)
     for i in range(config['num_hidden_layers']):
         layer = f'bert.encoder.layer.{i}'
         parts = [heads(linear(tensors, f'{layer}.attention.self.{n}', x), number) for n in ('query', 'key', 'value')]

@@ -12,6 +12,10 @@ from research.core.errors import UsageError
 from research.models import attention, flash, layers
 from research.models.attention import Attention, attend, choose, rotate, rotation, sinusoidal
 
+# Tests compile much and compute little: the compiler need not optimise.
+OPTIONS = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True, 'xla_cpu_use_fusion_emitters': False}
+jit = functools.partial(jax.jit, compiler_options=OPTIONS)
+
 
 def by_hand(query, key, value, visible):
     """Attention in float64, head by head; `visible` (B, T, S); a query that sees nothing gives NaN."""
@@ -36,7 +40,7 @@ def test_attention_is_the_formula(kv_heads, causal):
     query, key, value = arrays((2, 5, 4, 6), (2, 5, kv_heads, 6), (2, 5, kv_heads, 6))
     segments = np.array([[1, 1, 2, 2, 2], [1, 1, 1, 0, 0]])
     visible = np.tril(np.ones((5, 5), bool)) if causal else np.ones((5, 5), bool)
-    attend = jax.jit(attention.attend, static_argnames='causal')
+    attend = jit(attention.attend, static_argnames='causal')
     plain = attend(query, key, value, causal=causal)
     np.testing.assert_allclose(plain, by_hand(query, key, value, np.broadcast_to(visible, (2, 5, 5))), rtol=1e-4, atol=1e-6)
     visible = visible & (segments[:, :, None] == segments[:, None])
@@ -46,7 +50,7 @@ def test_attention_is_the_formula(kv_heads, causal):
 
 def test_cross_attention_and_a_cache_are_the_formula():
     query, key, value = arrays((2, 3, 4, 6), (2, 5, 2, 6), (2, 5, 2, 6))
-    attend = jax.jit(attention.attend)
+    attend = jit(attention.attend)
     query_segments, key_segments = np.array([[1, 1, 1], [1, 1, 0]]), np.array([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]])
     found = attend(query, key, value, query_segments=query_segments, key_segments=key_segments)
     expected = by_hand(query, key, value, query_segments[:, :, None] == key_segments[:, None])
@@ -63,13 +67,13 @@ def test_a_query_that_sees_nothing_is_finite_and_so_are_gradients():
     def total(query, key, value):
         return attend(query, key, value, query_segments=segments[0], key_segments=segments[1]).sum()
 
-    value, gradients = jax.jit(jax.value_and_grad(total, (0, 1, 2)))(query, key, value)
+    value, gradients = jit(jax.value_and_grad(total, (0, 1, 2)))(query, key, value)
     assert np.isfinite(value) and all(np.all(np.isfinite(g)) for g in gradients)
 
 
 def test_softmax_is_float32_for_bfloat16():
     query, key, value = (jnp.asarray(x, jnp.bfloat16) for x in arrays((1, 64, 1, 8), (1, 64, 1, 8), (1, 64, 1, 8)))
-    found = jax.jit(attend)(query, key, value)
+    found = jit(attend)(query, key, value)
     expected = by_hand(*(np.asarray(x, np.float64) for x in (query, key, value)), np.ones((1, 64, 64), bool))
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=0.01)
@@ -141,7 +145,7 @@ def test_the_module_is_projections_around_the_formula():
     module = Attention(width=12, heads=4, kv_heads=2, head_size=6, qk_norm=True, init_std=0.5, out_std=0.5)
     x = arrays((2, 5, 12))[0]
     angles = rotation(jnp.arange(5)[None], 6)
-    variables = jax.jit(module.init)(jax.random.key(0), x)
+    variables = jit(module.init)(jax.random.key(0), x)
     variables = jax.tree.map(lambda leaf: leaf + arrays(leaf.shape)[0] / 10, variables)
     p = jax.tree.map(np.asarray, variables['params'])
 
@@ -154,7 +158,7 @@ def test_the_module_is_projections_around_the_formula():
     query, key = (np.asarray(rotate(normalised(projected(n), f'{n}_norm'), angles)) for n in ('query', 'key'))
     found = by_hand(query, key, projected('value'), np.broadcast_to(np.tril(np.ones((5, 5), bool)), (2, 5, 5)))
     expected = np.einsum('bthk,hkd->btd', found, p['out']['kernel']) + p['out']['bias']
-    found = jax.jit(functools.partial(module.apply, causal=True))(variables, x, rotation=angles)
+    found = jit(functools.partial(module.apply, causal=True))(variables, x, rotation=angles)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -164,7 +168,7 @@ def test_auto_is_xla_on_a_cpu_and_the_rest_is_refused():
     for name, message in [('cudnn', 'needs a GPU, and jax runs on cpu'), ('flash', 'needs a TPU, and jax runs on cpu')]:
         with pytest.raises(UsageError, match=f"attention='{name}' {message}\n.*use attention='auto' or 'xla'"):
             choose(name, query, key, masked=True)
-    with pytest.raises(UsageError, match="attention 'flush' does not exist\n.*did you mean 'flash'"):
+    with pytest.raises(UsageError, match=r"attention 'flush' does not exist\n.*did you mean 'flash'"):
         choose('flush', query, key, masked=True)
 
 
@@ -208,7 +212,7 @@ def value_and_gradients(call, query, key, value, segments, weights, causal):
         found = call(query, key, value, causal=causal, query_segments=segments, key_segments=segments)
         return jnp.sum(jnp.where(real, found * weights, 0)), jnp.where(real, found, 0)
 
-    (_, found), gradients = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(query, key, value)
+    (_, found), gradients = jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(query, key, value)
     return found, *gradients
 
 

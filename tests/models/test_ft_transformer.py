@@ -96,12 +96,16 @@ def reference(p, numeric, categories):
     """One block, in float64 numpy."""
     tokens = [np.broadcast_to(p['class_token'], (len(numeric), 1, 8))]
     n, c = p['numeric'], p['category']
-    tokens.append(np.where(np.isnan(numeric)[..., None], n['missing'], np.nan_to_num(numeric)[..., None] * n['weight'] + n['bias']))
+    tokens.append(
+        np.where(np.isnan(numeric)[..., None], n['missing'], np.nan_to_num(numeric)[..., None] * n['weight'] + n['bias'])
+    )
     tokens.append(c['embedding'][categories + np.array([0, 3])] + c['bias'])
     x = np.concatenate(tokens, 1)
     block = p['stack']['layers_0']
     y, a = layer_norm(x, block['attention_norm']), block['attention']
-    q, k, v = (np.einsum('btd,dhk->bhtk', y, a[name]['kernel']) + a[name]['bias'][:, None] for name in ('query', 'key', 'value'))
+    q, k, v = (
+        np.einsum('btd,dhk->bhtk', y, a[name]['kernel']) + a[name]['bias'][:, None] for name in ('query', 'key', 'value')
+    )
     scores = np.einsum('bhtk,bhsk->bhts', q, k) / np.sqrt(4)
     weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
     x = x + np.einsum('bhts,bhsk,hkd->btd', weights, v, a['out']['kernel']) + a['out']['bias']
@@ -172,7 +176,10 @@ def test_dropout_is_active_in_training_only():
     module = model(FTTransformer, dropout=0.5)
     numeric, categories = draw()
     variables = init(module, numeric, categories)
-    apply = jax.jit(lambda key, train: module.apply(variables, numeric, train, categories=categories, rngs={'dropout': key}), static_argnums=1)
+    apply = jax.jit(
+        lambda key, train: module.apply(variables, numeric, train, categories=categories, rngs={'dropout': key}),
+        static_argnums=1,
+    )
     one, two, same = apply(jax.random.key(1), True), apply(jax.random.key(2), True), apply(jax.random.key(1), True)
     assert np.abs(one - two).max() > 0
     np.testing.assert_array_equal(one, same)
@@ -184,7 +191,9 @@ def test_columns_of_one_kind_only(kind):
     numeric, categories = draw()
     for x, c, cardinalities in ((numeric, None, ()), (numeric[:, :0], categories, CARDINALITIES)):
         module = model(kind, cardinalities=cardinalities)
-        variables, outputs = jax.eval_shape(lambda x, c, m=module: m.init_with_output(jax.random.key(0), x, categories=c)[::-1], x, c)
+        variables, outputs = jax.eval_shape(
+            lambda x, c, m=module: m.init_with_output(jax.random.key(0), x, categories=c)[::-1], x, c
+        )
         assert ('numeric' in variables['params']) == (kind is FTTransformer and c is None)
         assert ('category' in variables['params']) == (c is not None)
         assert outputs.shape == (6, 2)

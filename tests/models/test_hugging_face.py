@@ -192,7 +192,9 @@ def test_layers_that_scan_stacked_are_exported_one_by_one(tmp_path):
     module = Decoder(**{**fields, 'scan': True})
     fresh = jax.eval_shape(module.init, jax.random.key(0), inputs_of(LLAMA)[0])['params']
     stacked = {
-        name: np.stack([ours[name.replace('/layers/', f'/layers_{i}/')] for i in range(2)]) if '/layers/' in name else ours[name]
+        name: np.stack([ours[name.replace('/layers/', f'/layers_{i}/')] for i in range(2)])
+        if '/layers/' in name
+        else ours[name]
         for name in leaves.flat(fresh)
     }
     back = hugging_face.to_theirs(family, whole, stacked)
@@ -219,7 +221,10 @@ def test_presets_are_the_models_that_are_published():
 
 def test_older_spellings_are_read(tmp_path):
     tensors = tensors_of(BERT)
-    old = {k.replace('LayerNorm.weight', 'LayerNorm.gamma').replace('LayerNorm.bias', 'LayerNorm.beta'): v for k, v in tensors.items()}
+    old = {
+        k.replace('LayerNorm.weight', 'LayerNorm.gamma').replace('LayerNorm.bias', 'LayerNorm.beta'): v
+        for k, v in tensors.items()
+    }
     old |= {'bert.embeddings.position_ids': np.arange(24)[None], 'cls.seq_relationship.weight': np.zeros((2, 32))}
     family, whole = hugging_face.read_config(saved(tmp_path, BERT))
     same, read = hugging_face.to_ours(family, whole, tensors), hugging_face.to_ours(family, whole, old)
@@ -230,7 +235,11 @@ def test_older_spellings_are_read(tmp_path):
     one = hugging_face.read_fields(saved(tmp_path / 'new', new))
     assert one == hugging_face.read_fields(saved(tmp_path / 'old', {**LLAMA, 'rope_scaling': SCALING}))
     bare = {k.removeprefix('transformer.'): v for k, v in tensors_of(GPT2).items()}
-    bare |= {'h.0.attn.bias': np.ones((1, 1, 24, 24)), 'h.1.attn.masked_bias': np.zeros(()), 'lm_head.weight': bare['wte.weight']}
+    bare |= {
+        'h.0.attn.bias': np.ones((1, 1, 24, 24)),
+        'h.1.attn.masked_bias': np.zeros(()),
+        'lm_head.weight': bare['wte.weight'],
+    }
     assert 'position/embedding' in imported(tmp_path / 'gpt2', GPT2, bare)[2]
 
 
@@ -286,8 +295,12 @@ def test_tensors_that_do_not_fit_are_listed(tmp_path):
     with pytest.raises(UsageError, match=r'classifier\.bias is missing'):
         hugging_face.to_ours(family, whole, half)
     ours = hugging_face.to_ours(family, whole, tensors_of(BERT))
-    with pytest.raises(UsageError, match=r'a bert cannot hold these parameters: head/scale has no place; pooler/bias is missing'):
-        hugging_face.to_theirs(family, whole, {**{k: v for k, v in ours.items() if k != 'pooler/bias'}, 'head/scale': ours['head/bias']})
+    with pytest.raises(
+        UsageError, match=r'a bert cannot hold these parameters: head/scale has no place; pooler/bias is missing'
+    ):
+        hugging_face.to_theirs(
+            family, whole, {**{k: v for k, v in ours.items() if k != 'pooler/bias'}, 'head/scale': ours['head/bias']}
+        )
 
 
 @pytest.mark.parametrize(

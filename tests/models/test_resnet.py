@@ -211,7 +211,9 @@ def test_bfloat16_stays_bfloat16():
     module = tiny(stem='cifar')
     variables = shapes(module, (2, 8, 8, 1))
     half = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), variables['params'])
-    text = jax.jit(module.apply).lower({**variables, 'params': half}, jax.ShapeDtypeStruct((2, 8, 8, 1), jnp.bfloat16)).as_text()
+    text = (
+        jax.jit(module.apply).lower({**variables, 'params': half}, jax.ShapeDtypeStruct((2, 8, 8, 1), jnp.bfloat16)).as_text()
+    )
     products = [line for line in text.splitlines() if 'stablehlo.convolution' in line or 'dot_general' in line]
     assert len(products) == 7 and all('bf16' in line and 'f32' not in line.split('->')[-1] for line in products)
 

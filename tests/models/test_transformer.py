@@ -17,6 +17,9 @@ from research.models.stack import LayerOptions, Stack
 from research.models.transformer import PARTITION_RULES, Decoder, Encoder
 from research.parallel.rules import shardings
 
+# Tests compile much and compute little: the compiler need not optimise.
+OPTIONS = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True, 'xla_cpu_use_fusion_emitters': False}
+jit = functools.partial(jax.jit, compiler_options=OPTIONS)
 SMALL = {'depth': 2, 'width': 16, 'heads': 4, 'max_length': 12, 'init_std': 0.3}
 TOKENS = np.random.default_rng(0).integers(0, 13, (2, 8)).astype(np.int32)
 GPT = {}
@@ -44,7 +47,7 @@ def decoder(kind='gpt', **options):
 
 
 def logits(module, variables, tokens=TOKENS, **more):
-    return np.asarray(jax.jit(module.apply)(variables, tokens, **more))
+    return np.asarray(jit(module.apply)(variables, tokens, **more))
 
 
 def normalised(x, p, kind):
@@ -116,7 +119,7 @@ def test_the_decoder_is_the_formula(kind):
 def test_reading_token_by_token_into_a_cache_is_the_forward_pass(kind):
     module, variables = decoder(kind)
     lengths = np.array([3, 2])  # the prompts; the second is padded on the right
-    decode = jax.jit(functools.partial(module.apply, method='decode'))
+    decode = jit(functools.partial(module.apply, method='decode'))
     first, cache = decode(variables, TOKENS[:, :3], module.init_cache(2, 8), lengths)
     whole = logits(module, variables)
     np.testing.assert_allclose(first[0], whole[0, :3], rtol=1e-4, atol=1e-5)
@@ -142,7 +145,7 @@ def test_scan_is_the_same_model_with_stacked_leaves_and_so_is_its_cache(kind):
     shapes = jax.eval_shape(scanned.init, jax.random.key(0), TOKENS)
     assert jax.tree.map(np.shape, stacked(variables)) == jax.tree.map(lambda x: x.shape, shapes)
     np.testing.assert_allclose(logits(scanned, stacked(variables)), whole, rtol=1e-4, atol=1e-5)
-    decode = jax.jit(functools.partial(scanned.apply, method='decode'))
+    decode = jit(functools.partial(scanned.apply, method='decode'))
     first, cache = decode(stacked(variables), TOKENS[:, :5], scanned.init_cache(2, 8))
     rest, _ = decode(stacked(variables), TOKENS[:, 5:], cache)
     np.testing.assert_allclose(np.concatenate([first, rest], axis=1), whole, rtol=1e-4, atol=1e-5)
@@ -150,15 +153,15 @@ def test_scan_is_the_same_model_with_stacked_leaves_and_so_is_its_cache(kind):
 
 @pytest.mark.parametrize('scan', [False, True])
 def test_rematerialisation_changes_no_gradient_but_what_is_computed_again(scan):
-    module, variables = decoder('gpt')
-    variables = stacked(variables) if scan else variables
+    options, x = LayerOptions(width=8, heads=2, causal=True, dropout=0.2), np.random.default_rng(0).normal(size=(2, 4, 8))
+    variables = jit(Stack(options, 2, scan).init)(jax.random.key(0), x)
 
     def loss(variables, remat):
-        clone = module.clone(remat=remat, scan=scan, dropout=0.2)
-        return clone.apply(variables, TOKENS, train=True, rngs={'dropout': jax.random.key(0)}).var()
+        found = Stack(options, 2, scan, remat).apply(variables, x, train=True, rngs={'dropout': jax.random.key(0)})
+        return (found**3).sum()
 
     gradient = {remat: jax.grad(functools.partial(loss, remat=remat)) for remat in ('none', 'dots', 'full')}
-    results = {remat: jax.jit(call)(variables) for remat, call in gradient.items()}
+    results = {remat: jit(call)(variables) for remat, call in gradient.items()}
     for remat in ('full', 'dots'):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), results[remat], results['none'])
     products = {remat: str(jax.make_jaxpr(call)(variables)).count('dot_general') for remat, call in gradient.items()}
@@ -168,7 +171,7 @@ def test_rematerialisation_changes_no_gradient_but_what_is_computed_again(scan):
 @pytest.mark.parametrize('kind', KINDS)
 def test_a_token_changes_nothing_before_it(kind):
     module, variables = decoder(kind)
-    apply = jax.jit(module.apply)
+    apply = jit(module.apply)
     before = np.asarray(apply(variables, TOKENS))
     for place in (1, 4, 7):
         changed = TOKENS.copy()
@@ -183,7 +186,7 @@ def test_a_packed_row_is_its_documents_alone_whatever_stands_in_the_padding(kind
     module, variables = decoder(kind)
     segments = np.array([[1, 1, 1, 2, 2, 2, 2, 0], [1, 1, 2, 2, 2, 3, 0, 0]])
     positions = np.array([[0, 1, 2, 0, 1, 2, 3, 0], [0, 1, 0, 1, 2, 0, 0, 0]])
-    apply = jax.jit(module.apply)
+    apply = jit(module.apply)
     packed = np.asarray(apply(variables, TOKENS, segments=segments, positions=positions))
     assert np.all(np.isfinite(packed))
     documents = np.zeros((5, 8), np.int32)
@@ -214,17 +217,16 @@ def test_gradients_are_finite_differences():
         shapes = jax.eval_shape(module.init, jax.random.key(0), x, memory=memory)
         variables = jax.tree.map(lambda leaf: generator.normal(0, 0.5, leaf.shape), shapes)
 
-        @jax.jit
         def loss(variables, x, memory):
             return jnp.sum(module.apply(variables, x, memory=memory, **call) * weights)
 
         point = (variables, x, memory)
-        gradients = jax.jit(jax.grad(loss, (0, 1, 2)))(*point)
+        gradients, value = jit(jax.grad(loss, (0, 1, 2)))(*point), jit(loss)
         for number, name in enumerate(leaves.names(point)):
             flat, structure = jax.tree.flatten(point)
             direction = generator.normal(size=flat[number].shape)
             moved = [
-                loss(*jax.tree.unflatten(structure, [x + step * direction if i == number else x for i, x in enumerate(flat)]))
+                value(*jax.tree.unflatten(structure, [x + step * direction if i == number else x for i, x in enumerate(flat)]))
                 for step in (1e-3, -1e-3)
             ]
             slope = np.sum(jax.tree.leaves(gradients)[number] * direction)  # attention weights are float32, hence the tolerance
@@ -236,7 +238,7 @@ def test_dropout_is_active_in_training_only():
     variables, keys = decoder('gpt')[1], [{'dropout': jax.random.key(i)} for i in (0, 0, 1)]
     still = logits(module, variables)
     np.testing.assert_array_equal(still, logits(decoder('gpt')[0], variables))
-    apply = jax.jit(lambda rngs: module.apply(variables, TOKENS, train=True, rngs=rngs))
+    apply = jit(lambda rngs: module.apply(variables, TOKENS, train=True, rngs=rngs))
     first, again, other = (np.asarray(apply(key)) for key in keys)
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - still).max() > 0.1 and np.abs(first - other).max() > 0.1
@@ -249,8 +251,8 @@ def test_a_tied_embedding_is_one_leaf_with_the_gradient_of_both_uses():
     def loss(module):
         return lambda variables: (module.apply(variables, TOKENS) ** 2).mean()
 
-    tied_gradient = jax.jit(jax.grad(loss(module)))(variables)['params']
-    gradient = jax.jit(jax.grad(loss(module.clone(tied=False))))(untied)['params']
+    tied_gradient = jit(jax.grad(loss(module)))(variables)['params']
+    gradient = jit(jax.grad(loss(module.clone(tied=False))))(untied)['params']
     assert 'head' not in tied_gradient
     both = gradient['embed']['embedding'] + gradient['head']['kernel'].T
     np.testing.assert_allclose(tied_gradient['embed']['embedding'], both, rtol=1e-3, atol=1e-4)
@@ -258,7 +260,7 @@ def test_a_tied_embedding_is_one_leaf_with_the_gradient_of_both_uses():
 
 def test_fresh_kernels_have_the_standard_deviations_of_gpt2():
     module = Decoder(num_outputs=50, depth=8, width=64, heads=4)
-    params = jax.jit(module.init)(jax.random.key(0), TOKENS)['params']
+    params = jit(module.init)(jax.random.key(0), TOKENS)['params']
     block = params['stack']['layers_3']
     for kernel in (block['attention']['query'], block['feed_forward']['up'], block['attention']['value']):
         np.testing.assert_allclose(np.std(kernel['kernel']), 0.02, rtol=0.1)
@@ -291,14 +293,14 @@ def test_an_encoder_pools_what_is_text(pooling):
     module, variables = encoder(
         pooling=pooling, norm_position='post', embed_norm=True, segment_types=2, activation='gelu_exact'
     )
-    apply = jax.jit(module.apply)
+    apply = jit(module.apply)
     outputs = np.asarray(apply(variables, TOKENS, segments=SEGMENTS))
     short = np.asarray(apply(variables, TOKENS[1:, :5]))
     changed = np.asarray(apply(variables, np.where(SEGMENTS == 0, 12 - TOKENS, TOKENS), segments=SEGMENTS))
     text = SEGMENTS > 0 if pooling == 'none' else ...
     np.testing.assert_array_equal(changed[text], outputs[text])
     np.testing.assert_allclose(outputs[1, :5] if pooling == 'none' else outputs[1], short[0], rtol=1e-4, atol=1e-5)
-    features = np.asarray(jax.jit(functools.partial(module.apply, method='features'))(variables, TOKENS, segments=SEGMENTS))
+    features = np.asarray(jit(functools.partial(module.apply, method='features'))(variables, TOKENS, segments=SEGMENTS))
     p = variables['params']
     pooled = {
         'none': features,
@@ -317,7 +319,7 @@ def test_an_encoder_pools_what_is_text(pooling):
 def test_the_masked_head_is_berts_and_without_outputs_there_is_no_head():
     module, variables = encoder(num_outputs=13, mask_head=True, activation='gelu_exact', norm_eps=1e-5)
     p = variables['params']
-    features = np.asarray(jax.jit(functools.partial(module.apply, method='features'))(variables, TOKENS))
+    features = np.asarray(jit(functools.partial(module.apply, method='features'))(variables, TOKENS))
     x = dense(features, p['head']['transform'])
     x = normalised(np.asarray(jax.nn.gelu(x, approximate=False)), p['head']['norm'], 'layer')
     np.testing.assert_allclose(
@@ -333,8 +335,8 @@ def test_the_masked_head_is_berts_and_without_outputs_there_is_no_head():
 def test_an_encoder_decoder_never_sees_padding_and_reads_into_its_cache(options):
     module = EncoderDecoder(num_outputs=13, **SMALL, **options)
     source, targets, target_segments = TOKENS, TOKENS[:, ::-1], np.array([[1] * 8, [1] * 6 + [0] * 2])
-    variables = jax.jit(lambda key: module.init(key, source, targets=targets))(jax.random.key(0))
-    apply = jax.jit(module.apply)
+    variables = jit(lambda key: module.init(key, source, targets=targets))(jax.random.key(0))
+    apply = jit(module.apply)
     call = {'segments': SEGMENTS, 'target_segments': target_segments}
     whole = np.asarray(apply(variables, source, targets=targets, **call))
     garbage = np.where(SEGMENTS == 0, 12 - source, source), np.where(target_segments == 0, 12 - targets, targets)
@@ -342,10 +344,8 @@ def test_an_encoder_decoder_never_sees_padding_and_reads_into_its_cache(options)
     np.testing.assert_array_equal(np.asarray(apply(variables, garbage[0], targets=garbage[1], **call))[text], whole[text])
     other = np.asarray(apply(variables, (source + 1) % 13, targets=targets, **call))
     assert np.abs(other - whole)[text].max() > 1e-2  # the source is read
-    cache = jax.jit(functools.partial(module.apply, method='encode'))(
-        variables, source, module.init_cache(2, 8), segments=SEGMENTS
-    )
-    decode = jax.jit(functools.partial(module.apply, method='decode'))
+    cache = jit(functools.partial(module.apply, method='encode'))(variables, source, module.init_cache(2, 8), segments=SEGMENTS)
+    decode = jit(functools.partial(module.apply, method='decode'))
     found, cache = decode(variables, targets[:, :3], cache)
     np.testing.assert_allclose(found, whole[:, :3], rtol=1e-4, atol=1e-5)
     for index in range(3, 6):

@@ -50,7 +50,7 @@ def count(module, image, texts):
 
 def test_the_example_of_the_module_is_true():
     module = TwoTower(num_outputs=64, vocabulary_size=264)
-    assert count(module, jnp.ones((1, 64, 64, 3)), jnp.ones((1, 24), jnp.int32)) == 1_373_697
+    assert count(module, jnp.ones((1, 64, 64, 3)), jnp.ones((1, 24), jnp.int32)) == 1_404_545
 
 
 def test_each_tower_is_its_model_then_a_projection_of_length_one():
@@ -140,7 +140,10 @@ def test_configs_can_name_them():
     [
         ({'image': 'vitt'}, "model 'vitt' does not exist\n  fix: did you mean 'vit"),
         ({'text': 'encoder(widht=16)'}, "config.model.text.widht does not exist.*\n.*'width'"),
-        ({'text': 'encoder(width=16, depth=1, heads=2, max_length=8)'}, r'config.model.text=.* gives \(5, 8, 16\), not features'),
+        (
+            {'text': 'encoder(width=16, depth=1, heads=2, max_length=8)'},
+            r'config.model.text=.* gives \(5, 8, 16\), not features',
+        ),
         ({'vocabulary_size': 0}, 'vocabulary_size=0'),
     ],
 )
@@ -165,7 +168,7 @@ class Headed(nn.Module):
 def test_a_tower_of_ones_own_that_always_has_a_head_is_refused(tmp_path, monkeypatch):
     (tmp_path / 'own_tower.py').write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UsageError, match="image='own_tower:Headed' gives .*, not features.*\n.*num_outputs=0"):
+    with pytest.raises(UsageError, match=r"image='own_tower:Headed' gives .*, not features.*\n.*num_outputs=0"):
         jax.eval_shape(lambda: model(image='own_tower:Headed').init(jax.random.key(0), draw()[0], texts=draw()[1]))
 
 

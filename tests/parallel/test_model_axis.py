@@ -85,21 +85,18 @@ def test_large_leaves_are_spread_over_what_is_whole():
     assert specs(again) == found
 
 
-@pytest.fixture(scope='module')
-def one_device():
-    return jax.device_get(trained(text_experiment('train.ema=0.9'), 1)[1])
-
-
-def test_a_decoder_over_four_groups_of_two_equals_one_device(one_device):
-    _, state = trained(text_experiment('train.ema=0.9', 'parallel.model_axis=2'))
+def test_a_decoder_over_four_groups_of_two_equals_one_device():
+    shallow = DECODER.replace('depth=2', 'depth=1')
+    whole = jax.device_get(trained(text_experiment('train.ema=0.9', model=shallow), 1)[1])
+    _, state = trained(text_experiment('train.ema=0.9', 'parallel.model_axis=2', model=shallow))
     for tree in (state.params, state.extra['ema']):
-        query = tree['stack']['layers_1']['attention']['query']['kernel']  # (16, 4, 4)
+        query = tree['stack']['layers_0']['attention']['query']['kernel']  # (16, 4, 4)
         assert query.sharding.spec == SPEC(None, 'model', None)
         assert {s.data.shape for s in query.addressable_shards} == {(16, 2, 4)}
         assert tree['stack']['layers_0']['feed_forward']['down']['kernel'].sharding.spec == SPEC('model', None)
         assert tree['stack']['final_norm']['scale'].sharding.is_fully_replicated
     assert state.params['embed']['embedding'].sharding.is_fully_replicated  # 11 letters
-    assert_close(jax.device_get(state), one_device)
+    assert_close(jax.device_get(state), whole)
 
 
 def test_a_scanned_decoder_is_cut_along_its_heads_not_its_layers():
@@ -123,12 +120,11 @@ class Ruled(nn.Module):
 PARTITION_RULES = (('.*up/kernel', (None, 'model')), ('.*up/bias', ('model',)), ('.*head/kernel', ('model',)), ('.*', ()))
 
 
-@pytest.mark.parametrize('fsdp', [False, True])
-def test_an_own_model_with_rules_equals_one_device(monkeypatch, fsdp):
+def test_an_own_model_with_rules_and_a_spread_state_equals_one_device(monkeypatch):
     monkeypatch.setattr(rules, 'SPREAD_MINIMUM', 300)
     model = 'model=tests.parallel.test_model_axis:Ruled'
     _, whole = train_on_half_masked(1, model, 'optimizer=momentum')
-    experiment = experiment_of(model, 'optimizer=momentum', 'train.ema=0.9', 'parallel.model_axis=2', f'parallel.fsdp={fsdp}')
+    experiment = experiment_of(model, 'optimizer=momentum', 'train.ema=0.9', 'parallel.model_axis=2', 'parallel.fsdp=True')
     mesh = meshes.make_mesh(8, 2)
     splits, spec = build_splits(experiment.data)
     task = build.make_task(experiment, spec)
@@ -139,7 +135,7 @@ def test_an_own_model_with_rules_equals_one_device(monkeypatch, fsdp):
         state, _ = compiled(state, half_masked(splits['train'], mesh, 64, k))
     placed = {n: x.sharding.spec for n, x in leaves.flat(state).items() if n.endswith('up/kernel')}  # (64, 32)
     assert len(placed) == 3  # parameter, momentum and average
-    assert set(placed.values()) == {SPEC('data' if fsdp else None, 'model')}
+    assert set(placed.values()) == {SPEC('data', 'model')}
     assert state.params['head']['kernel'].sharding.spec == SPEC('model')  # (32, 10)
     assert_close(jax.device_get(state), whole)
 

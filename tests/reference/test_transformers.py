@@ -75,17 +75,20 @@ def test_half_precision_and_shards_are_imported(dtype, tmp_path):
     assert difference(found, outputs(load(tmp_path / 'theirs'), LLAMA), LLAMA) < TOLERANCE
 
 
+SIZE = {'depth': 2, 'width': 32, 'heads': 4}
+LLAMA_LIKE = {**SIZE, 'norm': 'rms', 'positions': 'rotary', 'bias': False}
+BERT_LIKE = {**SIZE, 'vocabulary_size': 40, 'max_length': 24}
 OURS = {
-    'llama': Decoder(40, depth=2, width=32, heads=4, kv_heads=2, hidden=48, activation='swiglu', norm='rms', positions='rotary', bias=False, tied=False, rotary_theta=1000.0, scan=True),
-    'llama stretched': Decoder(40, depth=2, width=32, heads=4, head_size=16, activation='geglu', norm='rms', positions='rotary', bias=False, rotary_scaling=(4.0, 1.0, 4.0, 16.0)),
-    'gpt2': Decoder(40, depth=2, width=32, heads=4, max_length=64, scan=True),
-    'gpt2 untied, relu': Decoder(40, depth=2, width=32, heads=4, max_length=64, tied=False, activation='relu', hidden=48),
-    'bert classifier': presets.BertBase(3, vocabulary_size=40, depth=2, width=32, heads=4, max_length=24),
-    'bert masked': presets.BertBase(40, vocabulary_size=40, depth=2, width=32, heads=4, max_length=24, pooling='none', mask_head=True),
-    'bert tokens': presets.BertBase(3, vocabulary_size=40, depth=2, width=32, heads=4, max_length=24, pooling='none'),
-    'bert bare': presets.BertBase(0, vocabulary_size=40, depth=2, width=32, heads=4, max_length=24),
-    'vit': ViT(3, patch=4, depth=2, width=32, heads=4, activation='gelu_exact', norm_eps=1e-12),
-}  # fmt: skip
+    'llama': Decoder(40, kv_heads=2, hidden=48, activation='swiglu', tied=False, rotary_theta=1000.0, scan=True, **LLAMA_LIKE),
+    'llama stretched': Decoder(40, head_size=16, activation='geglu', rotary_scaling=(4.0, 1.0, 4.0, 16.0), **LLAMA_LIKE),
+    'gpt2': Decoder(40, max_length=64, scan=True, **SIZE),
+    'gpt2 untied, relu': Decoder(40, max_length=64, tied=False, activation='relu', hidden=48, **SIZE),
+    'bert classifier': presets.BertBase(3, **BERT_LIKE),
+    'bert masked': presets.BertBase(40, pooling='none', mask_head=True, **BERT_LIKE),
+    'bert tokens': presets.BertBase(3, pooling='none', **BERT_LIKE),
+    'bert bare': presets.BertBase(0, **BERT_LIKE),
+    'vit': ViT(3, patch=4, activation='gelu_exact', norm_eps=1e-12, **SIZE),
+}
 
 
 def fresh(module, config):

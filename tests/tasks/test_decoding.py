@@ -13,6 +13,9 @@ from research.models.encoder_decoder import EncoderDecoder
 from research.models.transformer import Decoder
 from research.tasks import decoding
 
+# Tests compile much and compute little: the compiler need not optimise.
+OPTIONS = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True, 'xla_cpu_use_fusion_emitters': False}
+jit = functools.partial(jax.jit, compiler_options=OPTIONS)
 EOS = 1
 
 
@@ -179,9 +182,9 @@ def test_sampling_is_addressed_by_key_and_place_and_scores_are_the_models():
 def test_greedy_on_a_language_model_is_the_argmax_of_the_forward_pass(options):
     module = Decoder(num_outputs=11, depth=2, width=16, heads=2, tied=False, init_std=0.5, max_length=16, **options)
     prompts, lengths = jnp.array([[3, 4, 5, 6], [7, 8, 0, 0], [9, 0, 0, 0]]), jnp.array([4, 2, 1])
-    variables = jax.jit(module.init)(jax.random.key(0), prompts)
+    variables = jit(module.init)(jax.random.key(0), prompts)
 
-    @jax.jit
+    @jit
     def generate(variables):
         step = functools.partial(module.apply, variables, method='decode')
         _, cache = step(prompts, module.init_cache(3, 12), lengths - 1)
@@ -192,7 +195,7 @@ def test_greedy_on_a_language_model_is_the_argmax_of_the_forward_pass(options):
     texts = np.zeros((3, 12), np.int32)
     for row, n in enumerate(lengths):
         texts[row, : n + 8] = [*prompts[row, :n], *tokens[row]]
-    logits = np.asarray(jax.nn.log_softmax(jax.jit(module.apply)(variables, texts)))
+    logits = np.asarray(jax.nn.log_softmax(jit(module.apply)(variables, texts)))
     for row, n in enumerate(lengths):
         np.testing.assert_array_equal(np.argmax(logits[row, n - 1 : n + 7], axis=-1), tokens[row])
         np.testing.assert_allclose(np.max(logits[row, n - 1 : n + 7], axis=-1).sum(), scores[row], rtol=1e-4)
@@ -202,9 +205,9 @@ def test_greedy_on_a_language_model_is_the_argmax_of_the_forward_pass(options):
 def test_beam_search_on_an_encoder_decoder_scores_as_the_forward_pass_and_beats_greedy():
     module = EncoderDecoder(num_outputs=11, depth=1, width=16, heads=2, init_std=0.6, positions='sinusoidal')
     source, segments = jnp.array([[3, 4, 5, 6], [7, 8, 0, 0]]), jnp.array([[1, 1, 1, 1], [1, 1, 0, 0]])
-    variables = jax.jit(lambda key: module.init(key, source, targets=source))(jax.random.key(1))
+    variables = jit(lambda key: module.init(key, source, targets=source))(jax.random.key(1))
 
-    @jax.jit
+    @jit
     def generate(variables):
         cache = module.apply(variables, source, module.init_cache(2, 6), segments=segments, method='encode')
         step, first = functools.partial(module.apply, variables, method='decode'), jnp.zeros(2, jnp.int32)
@@ -213,7 +216,7 @@ def test_beam_search_on_an_encoder_decoder_scores_as_the_forward_pass_and_beats_
 
     tokens, scores, greedy_scores = (np.asarray(x) for x in generate(variables))
     targets = np.concatenate([np.zeros((8, 1), int), np.maximum(tokens.reshape(8, 6), 0)], axis=1)
-    logits = jax.jit(module.apply)(variables, source.repeat(4, 0), targets=targets[:, :-1], segments=segments.repeat(4, 0))
+    logits = jit(module.apply)(variables, source.repeat(4, 0), targets=targets[:, :-1], segments=segments.repeat(4, 0))
     gained = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), targets[:, 1:, None], axis=-1)[..., 0]
     expected = np.sum(gained * (tokens.reshape(8, 6) >= 0), axis=1).reshape(2, 4)
     np.testing.assert_allclose(scores, expected, rtol=1e-4)

@@ -32,7 +32,7 @@ class Linear(nn.Module):
 def distill(temperature=2.0, weight=0.5, **more):
     """A linear student of a linear teacher."""
     given = {'model': Linear, 'data': SPEC, 'teacher': 'run', **more}
-    return Distill(restore=lambda path, trust: Teacher(Linear, dict), temperature=temperature, weight=weight, **given)
+    return Distill(restore=lambda path: Teacher(Linear, dict), temperature=temperature, weight=weight, **given)
 
 
 def batch_of(seed=0):
@@ -118,7 +118,7 @@ TEXT = {'data': spec_of('tokens', 'segment', 'position', length=9), 'model': Mix
 def text_task(task='research.tasks.language:Language', chunk=0, **more):
     inner = f'{task}(chunk={chunk})'
     wide = Teacher(functools.partial(Mixing, width=24), dict)
-    return Distill(**TEXT, teacher='run', restore=lambda path, trust: wide, task=inner, **more)
+    return Distill(**TEXT, teacher='run', restore=lambda path: wide, task=inner, **more)
 
 
 def test_tokens_are_taught_one_by_one():
@@ -127,8 +127,10 @@ def test_tokens_are_taught_one_by_one():
     variables = variables_of(task, batch)
     terms, _ = jax.jit(task.loss, static_argnames='train')(variables, batch, {}, train=True)
     language = Language(**TEXT)
-    student = np.float64(language.apply({'params': variables['params']}, batch, {}, train=False)[0])
-    taught = np.float64(task.teacher_task.apply(variables['teacher'], batch, {}, train=False)[0])
+    student, taught = (
+        np.float64(jax.jit(lambda v, task=task: task.apply(v, batch, None, train=False)[0])(v))
+        for task, v in ((language, {'params': variables['params']}), (task.teacher_task, variables['teacher']))
+    )
     assert student.shape == taught.shape == (4, 8, V)
     targets, weights = (np.asarray(x) for x in language.targets(batch))
     assert 0 < weights.sum() < 3 * 8

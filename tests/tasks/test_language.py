@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from research.parallel.mesh import batch_sharding, replicated
 from research.tasks.chunked import in_chunks, score
 from research.tasks.language import Language
 from research.train import evaluate, step
-from tests.tasks.tiny_text import Mixing, V, close, evaluated, gradient, measured, packed, padded, rows, spec_of
+from tests.tasks.tiny_text import LETTERS, Mixing, V, close, evaluated, gradient, measured, packed, padded, rows, spec_of
 
 SPEC = spec_of('tokens', 'segment', 'position', length=9)
 ROWS = ('tokens', 'segment', 'position')
@@ -137,6 +138,12 @@ def test_chunks_drop_out_what_the_whole_drops_out():
     assert float(whole[1]['loss'][0]) != pytest.approx(float(evaluated(language(), variables_of(), packed())['loss'][0]))
 
 
+def large(vocabulary, length):
+    """Data with a vocabulary of that size."""
+    tokenizer = type('Large', (), {**vars(type(LETTERS)), 'vocabulary_size': vocabulary, 'byte_lengths': np.ones(vocabulary)})
+    return spec_of('tokens', tokenizer=tokenizer(), length=length + 1)
+
+
 def sizes(jaxpr):
     """The number of elements of every array in a jaxpr, those of inner jaxprs too."""
     for equation in jaxpr.eqns:
@@ -152,11 +159,7 @@ def sizes(jaxpr):
 def test_chunked_logits_of_the_whole_never_exist():
     """Neither in the program as traced, nor in the memory that the compiler sets aside: forward, backward and evaluation."""
     length, vocabulary, chunk = 128, 5000, 4
-    tokenizer = type(
-        'Large', (), {**vars(type(SPEC.tokenizer)), 'vocabulary_size': vocabulary, 'byte_lengths': np.ones(vocabulary)}
-    )
-    data = spec_of('tokens', tokenizer=tokenizer(), length=length + 1)
-    batch = rows(0, 4, length + 1)
+    data, batch = large(vocabulary, length), rows(0, 4, length + 1)
     model = functools.partial(Mixing, vocabulary_size=vocabulary)
     variables = jax.eval_shape(make(model, data).init, jax.random.key(0), batch)
     largest, bytes_used = {}, {}
@@ -192,6 +195,26 @@ def test_chunks_keep_the_batch_where_it_is(mesh):
     for moved in ('all-gather', 'all-to-all', 'collective-permute'):
         assert moved not in text
     close(compiled(variables, batch), gradient(task, variables_of(), packed(3, 16)), rtol=2e-6)
+
+
+def test_a_vocabulary_that_is_laid_out_over_devices_stays_there():
+    """Each device scores its own tokens: sent are their largest logit and its place, never the logits."""
+    length, vocabulary, chunk = 16, 64, 4
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 4), ('data', 'model'))
+    task = make(functools.partial(Mixing, vocabulary_size=vocabulary), large(vocabulary, length), chunk=chunk)
+    batch = rows(0, 8, length + 1)
+
+    def placed(x, *axes):
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    variables = jax.tree.map(placed, jax.eval_shape(task.init, jax.random.key(0), batch))
+    head = variables['params']['head']
+    head |= {'kernel': placed(head['kernel'], None, 'model'), 'bias': placed(head['bias'], 'model')}
+    text = gradient.lower(task, variables, jax.tree.map(lambda x: placed(x, 'data'), batch)).compile().as_text()
+    found = re.findall(r'= (?:f32|s32)\[([0-9,]+)\]\S* (all-gather|all-to-all|collective-permute)', text)
+    assert found and all(kind == 'all-gather' for _, kind in found)
+    assert max(math.prod(map(int, shape.split(','))) for shape, _ in found) == 4 * chunk * 4  # rows, places, devices
 
 
 def test_the_evaluator_scores_once(mesh):

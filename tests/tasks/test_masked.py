@@ -56,7 +56,7 @@ def chosen(found, batch):
     """Which places of each row were chosen, (B, T) bool."""
     result = np.zeros(batch['tokens'].shape, bool)
     for row in range(len(result)):
-        result[row, found['place'][row][found['chosen'][row] > 0]] = True
+        result[row, found['masked_places'][row][found['masked_weights'][row] > 0]] = True
     return result
 
 
@@ -70,7 +70,7 @@ def test_rates_are_those_of_the_paper():
     found = jax.device_get(hide(masked(), batch))
     hidden = chosen(found, batch)
     assert (hidden.sum(1) == 6).all()  # 15 % of 40
-    shown, was = found['shown'][hidden], batch['tokens'][hidden]
+    shown, was = found['masked_tokens'][hidden], batch['tokens'][hidden]
     n, masks = len(was), (shown == LETTERS.mask).sum()
     assert scipy.stats.binomtest(int(masks), n, 0.8).pvalue > 1e-3
     # A random word is the old one in 1 of 7 cases: the others tell how many were drawn.
@@ -78,17 +78,17 @@ def test_rates_are_those_of_the_paper():
     words = np.bincount(shown[(shown != was) & (shown != LETTERS.mask)], minlength=V)[4:]
     assert scipy.stats.chisquare(words).pvalue > 1e-3  # of random tokens only, and these evenly
     assert scipy.stats.chisquare(hidden.sum(0)).pvalue > 1e-3  # every place alike
-    assert (found['shown'][~hidden] == batch['tokens'][~hidden]).all()
+    assert (found['masked_tokens'][~hidden] == batch['tokens'][~hidden]).all()
 
 
 def test_other_rates_can_be_asked_for():
     batch = plain_rows(500)
     found = jax.device_get(hide(masked(rate=0.5, mask_share=0.0, random_share=1.0), batch))
     hidden = chosen(found, batch)
-    assert (hidden.sum(1) == 20).all() and not (found['shown'] == LETTERS.mask).any()
-    assert np.mean(found['shown'][hidden] == batch['tokens'][hidden]) == pytest.approx(1 / 7, abs=0.02)
+    assert (hidden.sum(1) == 20).all() and not (found['masked_tokens'] == LETTERS.mask).any()
+    assert np.mean(found['masked_tokens'][hidden] == batch['tokens'][hidden]) == pytest.approx(1 / 7, abs=0.02)
     everything = jax.device_get(hide(masked(rate=1.0, mask_share=1.0, random_share=0.0), batch))
-    assert (everything['shown'] == LETTERS.mask).all()
+    assert (everything['masked_tokens'] == LETTERS.mask).all()
 
 
 def test_neither_special_tokens_nor_padding_are_hidden():
@@ -97,7 +97,7 @@ def test_neither_special_tokens_nor_padding_are_hidden():
     hidden = chosen(found, batch)
     ordinary = (batch['tokens'] >= 4) & (batch['segment'] > 0)
     assert not hidden[~ordinary].any()
-    np.testing.assert_array_equal(found['shown'][~ordinary], batch['tokens'][~ordinary])
+    np.testing.assert_array_equal(found['masked_tokens'][~ordinary], batch['tokens'][~ordinary])
     counts = ordinary.sum(1)
     np.testing.assert_array_equal(hidden.sum(1), np.where(counts, np.maximum(1, np.round(0.4 * counts)), 0))
     assert set(counts) >= {1, 2, 10}
@@ -107,7 +107,7 @@ def test_a_row_without_ordinary_tokens_has_nothing_to_predict():
     batch = texts(0, 2)
     batch['tokens'][0] = np.where(batch['segment'][0], LETTERS.eos, 0)
     found = jax.device_get(hide(masked(), batch))
-    assert not found['chosen'][0].any() and found['chosen'][1].sum() > 0
+    assert not found['masked_weights'][0].any() and found['masked_weights'][1].sum() > 0
 
 
 def test_what_is_hidden_follows_the_example_and_its_epoch_alone():
@@ -118,8 +118,8 @@ def test_what_is_hidden_follows_the_example_and_its_epoch_alone():
     for key, values in found.items():
         np.testing.assert_array_equal(moved[key], values[order])
     longer = jax.device_get(hide(task, padded(batch, ROWS, 7)))
-    np.testing.assert_array_equal(longer['shown'][:, :12], found['shown'])
-    np.testing.assert_array_equal(longer['chosen'].sum(1), found['chosen'].sum(1))
+    np.testing.assert_array_equal(longer['masked_tokens'][:, :12], found['masked_tokens'])
+    np.testing.assert_array_equal(longer['masked_weights'].sum(1), found['masked_weights'].sum(1))
     for key in ('id', 'epoch'):
         other = jax.device_get(hide(task, {**batch, key: batch[key] + 100}))
         assert np.mean(chosen(other, batch) != chosen(found, batch)) > 0.1
@@ -131,7 +131,7 @@ def test_the_loss_is_that_of_numpy_at_the_hidden_places():
     found = jax.device_get(hide(task, batch))
     hidden = chosen(found, batch)
     assert not hidden[5].any()
-    logits = jax.jit(lambda v, x, s: task.module.apply(v, x, segments=s))(variables(), found['shown'], batch['segment'])
+    logits = jax.jit(lambda v, x, s: task.module.apply(v, x, segments=s))(variables(), found['masked_tokens'], batch['segment'])
     log_p = scipy.special.log_softmax(np.asarray(logits, np.float64), -1)
     nats = -np.take_along_axis(log_p, batch['tokens'][..., None], -1)[..., 0][hidden]
     right = (log_p.argmax(-1) == batch['tokens'])[hidden]

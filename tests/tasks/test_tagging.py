@@ -85,7 +85,7 @@ def test_padding_and_masked_rows_change_nothing():
     garbage['tag'][:] = 999
     more = {key: np.concatenate([value, garbage[key]]) for key, value in longer.items()}
     close(gradient(task, variables(), more), found, rtol=2e-6)
-    assert measured(task, variables(), more) == pytest.approx(measured(task, variables(), batch), rel=1e-6)
+    close(measured(task, variables(), more), measured(task, variables(), batch))
 
 
 def test_microbatches_add_up_to_the_whole():

@@ -32,7 +32,7 @@ def test_everything_is_loaded_by_name_in_the_type_of_the_model():
     found, report = load_into(target, weights, EVERYTHING)
     assert found['b'].dtype == found['a']['kernel'].dtype == np.float32
     assert_equal(leaves.flat(found), weights)
-    report.check('these')
+    report.check('these', 'those')
     assert report.summary() == '2 leaves loaded, 0 fresh'
 
 
@@ -42,10 +42,11 @@ def test_every_problem_is_listed():
     found, report = load_into(target, weights, EVERYTHING)
     assert_equal(found, {**target, 'body': weights['body']})
     with pytest.raises(UsageError) as error:
-        report.check("config.init_from='x'", ' (all of it: report.txt)')
+        report.check("config.init_from='x'", start.FIX, ' (all of it: report.txt)')
     assert error.value.message == (
         "config.init_from='x' does not fit this model: 6 missing (more_0, more_1, more_2, more_3, ...); "
-        '1 unexpected (classifier); 2 mis-shaped (head/bias (10,) for (3,), head/kernel (4, 10) for (4, 3)) (all of it: report.txt)'
+        '1 unexpected (classifier); 2 mis-shaped (head/bias (10,) for (3,), head/kernel (4, 10) for (4, 3)) '
+        '(all of it: report.txt)'
     )
     assert 'number of classes' in error.value.fix
     lines = report.text().splitlines()
@@ -59,7 +60,7 @@ def test_rules_say_what_starts_fresh_and_what_is_left_out():
     rules = (('head/.*|new', False), ('pooler', False), ('.*', True))
     found, report = load_into(target, weights, rules)
     assert_equal(found, {**target, 'body': weights['body']})
-    report.check('these')
+    report.check('these', 'those')
     assert (report.fresh, report.left_out) == (('head/kernel', 'new'), ('head/kernel', 'pooler'))
     with pytest.raises(UsageError, match=r"init_rules: 'haed/.\*' decides no leaf"):
         load_into(target, weights, (('haed/.*', False), ('.*', True)))
@@ -74,7 +75,7 @@ def test_layers_by_name_and_stacked_layers_are_the_same():
     stacked['head'] = single['head']
     for weights, target in ((single, stacked), (stacked, single), (single, single), (stacked, stacked)):
         found, report = load_into(jax.tree.map(np.zeros_like, target), weights, EVERYTHING)
-        report.check('these')
+        report.check('these', 'those')
         assert_equal(found, target)
     fewer = {'stack/layers/up/kernel': np.zeros((4, 2, 3)), 'head': np.zeros(2)}
     assert load_into(fewer, single, EVERYTHING)[1].misshaped == ('stack/layers/up/kernel (11, 2, 3) for (4, 2, 3)',)
@@ -129,14 +130,14 @@ def test_the_weights_of_an_adapted_model_lie_in_two_places():
 
 def test_a_run_gives_its_averaged_parameters_and_its_running_statistics(run):
     settings = ('model=cnn(features=(4,), pool=(2,), hidden=(), norm="batch")', 'train.duration=6 steps')
-    _, _, path = run(*settings, 'train.ema=0.9')
+    _, _, path = run(*settings, 'train.ema=0.9', 'parallel.devices=1')
     weights, origin = read_run(path, 'config.init_from')
-    assert origin == f'averaged parameters of step 6 from {path}'
+    assert origin == f'parameters of step 6 from {path}, averaged'
     parts, *_ = parts_of(experiment_of(*settings, 'train.ema=0.5', f'init_from={path}'), 8)
     report_file = path / 'report.txt'
     state, origin = start._from_other(parts.init(), path, EVERYTHING, report_file)
     assert origin.endswith(': 7 leaves loaded, 0 fresh')
-    assert report_file.read_text().startswith(f'averaged parameters of step 6 from {path}\nloaded')
+    assert report_file.read_text().startswith(f'parameters of step 6 from {path}, averaged\nloaded')
     from tests.train.test_loop import saved
 
     kept = saved(path, 6)
@@ -154,9 +155,9 @@ def test_a_run_gives_its_averaged_parameters_and_its_running_statistics(run):
 
 
 def test_another_model_is_refused_with_a_report_or_loaded_in_part(run):
-    _, _, path = run('train.duration=1 step')
+    _, _, path = run('train.duration=1 step', 'parallel.devices=1')
     with pytest.raises(UsageError) as error:
-        run(f'init_from={path}', 'model.hidden=(16, 8)', folder='other')
+        run(f'init_from={path}', 'model.hidden=(16, 8)', 'parallel.devices=1', folder='other')
     report = path.parent / 'other' / 'init_report.txt'
     assert error.value.message == (
         f"config.init_from='{path}' does not fit this model: 2 missing (Dense_2/bias, Dense_2/kernel); "
@@ -164,7 +165,10 @@ def test_another_model_is_refused_with_a_report_or_loaded_in_part(run):
     )
     assert len(str(error.value).splitlines()) == 2
     assert 'misshaped   Dense_1/kernel (16, 10) for (16, 8)\n' in report.read_text()
-    experiment = experiment_of('model.hidden=(16, 8)', 'init_rules=(("Dense_[12]/.*", False), (".*", True))')
+    rules = 'init_rules=(("Dense_[12]/.*", False), (".*", True))'
+    with pytest.raises(UsageError, match='init_rules leave leaves fresh, but nothing is loaded'):
+        experiment_of(rules)
+    experiment = experiment_of('model.hidden=(16, 8)', f'init_from={path}', rules)
     fresh = parts_of(experiment, 1)[0].init()
     state, origin = start._from_other(fresh, path, experiment.init_rules, report)
     assert origin == f'parameters of step 1 from {path}: 2 leaves loaded, 4 fresh'

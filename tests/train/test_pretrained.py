@@ -85,7 +85,7 @@ def test_buffers_that_are_no_weights_may_have_any_type(tmp_path):
 
 def test_pickled_weights_are_refused(tmp_path):
     (tmp_path / 'config.json').write_text(json.dumps(LLAMA))
-    with pytest.raises(UsageError, match='holds neither model.safetensors nor'):
+    with pytest.raises(UsageError, match=r'holds neither model\.safetensors nor'):
         read_folder(tmp_path)
     (tmp_path / 'pytorch_model.bin').write_bytes(b'\x80\x02c__builtin__\nprint\n')
     with pytest.raises(UsageError, match=r'pytorch_model\.bin is pickled: reading it can run any code'):

@@ -1,13 +1,13 @@
 """The captions of Tux Paint's stamps: 804 short English texts, each about one of 16 kinds of things.
 
-Debian's package tuxpaint-stamps-default (2022.06.04-1, GPL-2); `python -m bench.data fetch stamps` unpacks it without installing
-it. The source `stamps` has the pictures too.
+Debian's package tuxpaint-stamps-default (2022.06.04-1, GPL-2); `python -m bench.data fetch stamps` unpacks it. The source
+`stamps` has the pictures too.
 
     stamp_captions().splits['all'][np.array([0])]     # {'text': ['A butterfly.'], 'label': [0]} for 'animals'
 
-The kind is the folder: symbols 178, animals 142, town 79, household 66, food 63, seasonal 58, vehicles 51, clothes 43, plants 35,
-people 24, space 19, hobbies 15, sports 12, military 10, medical 6, naturalforces 3. A text says what a thing is and little else,
-so that what 'A dingo.' belongs to must be known from elsewhere: a task for models that have read before.
+The kind is the folder: symbols 178, animals 142, town 79, household 66, food 63, seasonal 58, vehicles 51, clothes 43, plants
+35, people 24, space 19, hobbies 15, sports 12, military 10, medical 6, naturalforces 3. A text says what a thing is and little
+else, so that what 'A dingo.' belongs to must be known from elsewhere: a task for models that have read before.
 """
 
 import pathlib

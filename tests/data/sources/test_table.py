@@ -209,7 +209,11 @@ def test_typed_columns_of_one_kind_only(tmp_path):
 def test_typed_rows_have_the_hash_of_their_raw_values(tmp_path):
     """Row order, other rows and transforms do not move a row; any of its values does."""
     keys = {}
-    for name, rows in (('a', ['1,u,0', '2,v,1', ',,1']), ('b', ['2,v,1', '3,longer text,0', ',,1', '1,u,0']), ('c', ['1,w,0', '2,v,0'])):
+    for name, rows in (
+        ('a', ['1,u,0', '2,v,1', ',,1']),
+        ('b', ['2,v,1', '3,longer text,0', ',,1', '1,u,0']),
+        ('c', ['1,w,0', '2,v,0']),
+    ):
         text = 'x,c,y\n' + '\n'.join(rows) + '\n'
         source = table(path=save(tmp_path / f'{name}.csv', text), target='y', typed=True, classes=True).splits['all']
         keys[name] = source.keys().tolist()
@@ -220,7 +224,11 @@ def test_typed_rows_have_the_hash_of_their_raw_values(tmp_path):
 @pytest.mark.parametrize(
     ('text', 'arguments', 'message'),
     [
-        ('x,y\ninf,1\nnan,0\n-inf,1\n,1\n', {}, "column 'x' is infinite, or too large for float32, in 2 of 4 rows\n  fix: correct them"),
+        (
+            'x,y\ninf,1\nnan,0\n-inf,1\n,1\n',
+            {},
+            "column 'x' is infinite, or too large for float32, in 2 of 4 rows\n  fix: correct them",
+        ),
         ('x,y\n1e39,1\n1,0\n', {}, "column 'x' is infinite, or too large for float32, in 1 of 2 rows"),
         ('x,y\n2020-01-01,1\n', {}, "column 'x' holds date32.* in 1 of 1 rows"),
         ('x,y\n1,\n2,a\n', {}, "target 'y' is missing in 1 of 2 rows"),
