@@ -5,8 +5,8 @@
     python launch.py --config=configs/shuttle_faults.py:model=mlp
     python launch.py --config=configs/shuttle_faults.py --config.data.budget=1%      # 343 readings
 
-On the 9,865 test readings (724 anomalies), n = 1 seed (42), so without a standard deviation: average precision 0.9996, recall at
-precision 0.90 0.9986, at 0.99 0.9972. scikit-learn on the same splits (`python -m bench.tables
+On the 9,865 test readings (724 anomalies), n = 1 seed (42), so without a standard deviation: average precision 0.9996, recall
+at precision 0.90 0.9986, at 0.99 0.9972. scikit-learn on the same splits (`python -m bench.tables
 --config=configs/shuttle_faults.py --seeds=2`): logistic regression 0.9788, 0.9710, 0.9599; gradient boosting 1.0000 each, which
 is better. model=mlp and smaller budgets are not measured here.
 """

@@ -4,11 +4,10 @@
     python launch.py --config=configs/stamps_clip.py
     python launch.py --config=configs/stamps_clip.py:loss=siglip
 
-On 153 test pictures whose captions training never saw, n = 1 seed (42), so without a standard deviation: recall at 1, 5 and 10 of
-captions for a picture 0.026, 0.196, 0.242, of pictures for a caption 0.072, 0.222, 0.301; by chance about 0.007, 0.033, 0.065.
-Zero-shot accuracy over the 16 kinds is 0.039, below chance (0.0625): their names are hardly ever in a caption. The validation
-loss rises from the first evaluations on (5.6 at a quarter, 8.9 at the end): the model learns the training pairs by heart.
-loss=siglip is not measured here.
+On 153 test pictures whose captions training never saw, n = 1 seed (42), so without a standard deviation: recall at 1, 5 and 10
+of captions for a picture 0.026, 0.196, 0.242, of pictures for a caption 0.072, 0.222, 0.301; by chance about 0.007, 0.033,
+0.065. Zero-shot accuracy over the 16 kinds is 0.039, below chance (0.0625). The validation loss rises from the first evaluation
+on (5.6 at a quarter, 8.9 at the end): the model learns the training pairs by heart. loss=siglip is not measured here.
 
 Do not set config.train.accumulate: the other pairs of the batch are what the loss compares with.
 """

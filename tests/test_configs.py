@@ -25,7 +25,7 @@ DATA = {
     'fashion_mnist_cnn': specs.image((28, 28, 1), 10),
     'fashion_vit': specs.image((28, 28, 1), 10),
     'fashion_resnet_fewlabels': specs.image((28, 28, 1), 10, labelled=((), np.float32)),
-    'imagenet_vit_s16': specs.image((224, 224, 3), 1000),
+    'imagenet_vit_s16': specs.image((256, 256, 3), 1000),
     'shuttle_faults': specs.spec({'numeric': ((9,), np.float32), **specs.LABEL}, 2),
     'docs_gpt': specs.windows(128, 259),
     'minilm_finetune': specs.padded(24, 30522, 16),

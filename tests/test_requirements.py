@@ -12,7 +12,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = pathlib.Path(__file__).parents[1]
 GPU = ROOT / 'requirements.txt'
-CPU, TPU, DEV, TYPES = (ROOT / f'requirements/{name}.txt' for name in ('cpu', 'tpu', 'dev', 'types'))
+CPU, TPU, EXTRAS, DEV, TYPES = (ROOT / f'requirements/{name}.txt' for name in ('cpu', 'tpu', 'extras', 'dev', 'types'))
 CONSTRAINTS = ROOT / 'requirements' / 'constraints.txt'
 PYTHONS = ('3.11', '3.12', '3.13')
 NOT_IMPORTED = {
@@ -85,7 +85,7 @@ def test_the_lists_differ_in_the_jax_line_alone():
     assert gpu[1:] == cpu[1:] == tpu[1:]
 
 
-@pytest.mark.parametrize('path', [GPU, CPU, TPU, DEV, TYPES], ids=lambda path: path.name)
+@pytest.mark.parametrize('path', [GPU, CPU, TPU, EXTRAS, DEV, TYPES], ids=lambda path: path.name)
 def test_every_list_is_constrained_and_names_no_index(path):
     options = [line for line in lines(path) if line.startswith('-')]
     assert [option.split()[0] for option in options] == ['-c']
@@ -95,25 +95,25 @@ def test_every_list_is_constrained_and_names_no_index(path):
 
 def test_what_the_code_imports_is_declared_and_the_other_way_round():
     code = imported('research/**/*.py', 'configs/**/*.py', 'launch.py')
-    assert code - names(CPU) == set()
-    assert names(CPU) - code == NOT_IMPORTED
+    assert code - names(CPU, EXTRAS) == set()
+    assert names(CPU, EXTRAS) - code == NOT_IMPORTED
 
 
 def test_what_the_tests_import_is_declared():
-    declared = names(CPU, DEV) | {'packaging'}  # pytest brings it
+    declared = names(CPU, EXTRAS, DEV) | {'packaging'}  # pytest brings it
     assert imported('tests/**/*.py') - declared == set()
 
 
 @pytest.mark.parametrize('python', PYTHONS)
 def test_everything_that_is_named_is_pinned(python):
     versions = pinned(python)
-    assert names(CPU, DEV, TYPES) - set(versions) == set()
+    assert names(CPU, EXTRAS, DEV, TYPES) - set(versions) == set()
     assert versions['jax'] == versions['jaxlib']
 
 
 def test_everything_that_is_brought_along_is_pinned():
     here = '.'.join(map(str, sys.version_info[:2]))
-    assert closure(requirements(CPU) + requirements(DEV) + requirements(TYPES)) - set(pinned(here)) == set()
+    assert closure(requirements(CPU) + requirements(EXTRAS) + requirements(DEV) + requirements(TYPES)) - set(pinned(here)) == set()
 
 
 @pytest.mark.parametrize('python', PYTHONS)

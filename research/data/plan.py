@@ -86,6 +86,12 @@ def plan_of(source: Any, batch_size: int, seed: int) -> Plan:
     return TrainPlan(len(source), batch_size, seed) if own is None else own(batch_size, seed)
 
 
+def evaluation_plan_of(source: Any, batch_size: int) -> Any:
+    """The order of evaluation: the source's own `evaluation_plan(batch_size)` where it has one, else `EvaluationPlan`."""
+    own = getattr(source, 'evaluation_plan', None)
+    return EvaluationPlan(len(source), batch_size) if own is None else own(batch_size)
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainPlan:
     """The order of training: endless epochs, each shuffled anew."""

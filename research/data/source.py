@@ -182,6 +182,12 @@ class Subset:
         return None if labels is None else labels[self.indices]
 
 
+def select(source: Source, indices: np.ndarray) -> Source:
+    """The examples at `indices` (m,): what the source's own `select` gives (a mixture stays one), else a `Subset`."""
+    own = getattr(source, 'select', None)
+    return Subset(source, indices) if own is None else own(indices)
+
+
 def key_of(data: bytes | str) -> int:
     """The stable 64-bit hash of one example's bytes (or of the name of its file)."""
     return int(files.digest([data], length=8), 16)

@@ -12,7 +12,7 @@ import numpy as np
 from research.core.durations import Duration
 from research.core.errors import UsageError
 from research.data.plan import mix
-from research.data.source import DataSet, Source, Subset
+from research.data.source import DataSet, Source, select
 
 SALT = {'split': 0x5BD1E995, 'budget': 0x9E3779B97F4A7C15}
 
@@ -37,8 +37,8 @@ def split(data: DataSet, validation: float, test: float) -> dict[str, Source]:
     start, chosen = 0.0, np.zeros(len(train), bool)
     for name, share in shares.items():
         inside = (places >= start) & (places < start + share)
-        own[name], chosen, start = Subset(train, np.flatnonzero(inside)), chosen | inside, start + share
-    own['train'] = Subset(train, np.flatnonzero(~chosen)) if shares else train
+        own[name], chosen, start = select(train, np.flatnonzero(inside)), chosen | inside, start + share
+    own['train'] = select(train, np.flatnonzero(~chosen)) if shares else train
     empty = sorted(name for name, source in own.items() if len(source) == 0)
     if empty:
         raise UsageError(f'data set {data.name!r}: the split {empty[0]!r} is empty', 'give more data or a larger share')
@@ -63,7 +63,7 @@ def subset(source: Source, budget: Duration | None, seed: int) -> Source:
         raise UsageError(
             f"config.data.budget='{budget}' is more than the {len(source)} training examples", 'lower it, or leave it out'
         )
-    return Subset(source, np.sort(budget_order(source, seed)[:count]))
+    return select(source, np.sort(budget_order(source, seed)[:count]))
 
 
 def budget_order(source: Source, seed: int) -> np.ndarray:

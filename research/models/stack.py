@@ -295,6 +295,7 @@ class Stack(nn.Module):
     def _finish(self, x: jax.Array) -> jax.Array:
         return self.final_norm(x) if self.options.norm_position == 'pre' else x
 
+    @nn.nowrap
     def _rematerialised(self) -> Any:
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == 'dots' else None
         return nn.remat(Block, static_argnums=(4,), prevent_cse=not self.scan, policy=policy)

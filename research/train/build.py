@@ -51,9 +51,10 @@ def abstract_batch(spec: DataSpec, size: int, sharding: Any = None) -> dict[str,
     }
 
 
-def preprocessed(experiment: Experiment, batch: Any) -> Any:
-    """The abstract `batch` after preprocessing: what task and model see."""
-    preprocess = build_augmentation(experiment.data.preprocess)
+def preprocessed(experiment: Experiment, batch: Any, augment: bool = False) -> Any:
+    """The abstract `batch` after preprocessing: what task and model see, in training (`augment`) or evaluation."""
+    data = experiment.data
+    preprocess = build_augmentation((*data.augment, *data.preprocess) if augment else data.preprocess)
     keys = jax.eval_shape(lambda b: rng.example_keys(rng.key(0, 'evaluate'), b['id'], b['epoch']), batch)
     return jax.eval_shape(preprocess, keys, batch)
 
@@ -61,10 +62,10 @@ def preprocessed(experiment: Experiment, batch: Any) -> Any:
 def measure(experiment: Experiment, task: Task, spec: DataSpec, num_train: int) -> Facts:
     """The facts that durations are counted in: FLOPs of a step and, from the training duration, the total steps."""
     size = experiment.data.batch_size
-    batch = preprocessed(experiment, abstract_batch(spec, size))
-    variables = jax.eval_shape(task.init, rng.key(0, 'init'), batch)
+    raw = abstract_batch(spec, size)
+    variables = jax.eval_shape(task.init, rng.key(0, 'init'), preprocessed(experiment, raw))
     rngs = {'dropout': jax.eval_shape(lambda: rng.key(0, 'dropout'))}
-    step_flops = flops.count(step.gradients_of(task), variables, batch, rngs)
+    step_flops = flops.count(step.gradients_of(task), variables, preprocessed(experiment, raw, augment=True), rngs)
     facts = Facts(size, num_train, step_flops, example_tokens=spec.example_tokens)
     return dataclasses.replace(facts, total_steps=experiment.train.duration.to_steps(facts))
 

@@ -21,7 +21,7 @@ from research.core.schema import Experiment
 from research.core.terms import Terms
 from research.data.build import build_augmentation, build_splits
 from research.data.pipeline import Prefetcher, make_feed
-from research.data.plan import EvaluationPlan, plan_of
+from research.data.plan import evaluation_plan_of, plan_of
 from research.data.source import Source, fingerprint
 from research.parallel import cache
 from research.parallel import mesh as meshes
@@ -125,7 +125,7 @@ def evaluation_feeds(experiment: Experiment, splits: dict[str, Source], mesh: Me
     for name in wanted:
         if name not in splits:
             raise UsageError(f'there is no split {name!r} to evaluate', f'this data set has {", ".join(sorted(splits))}')
-        plan = EvaluationPlan(len(splits[name]), size)
+        plan = evaluation_plan_of(splits[name], size)
         feeds[name] = make_feed(splits[name], plan, meshes.batch_sharding(mesh), experiment.data.placement), len(plan)
     return feeds
 
@@ -183,6 +183,7 @@ def _steps(run: Run, step: Step, state: TrainState, hooks: list[Hook], stop: Sto
     experiment = run.experiment
     source, first = run.splits['train'], int(state.step)
     plan = plan_of(source, experiment.data.batch_size, experiment.seed)
+    plan.batch(run.total_steps - 1)  # a mixture that ends before the run says so now
     feed = make_feed(source, plan, meshes.batch_sharding(run.mesh), experiment.data.placement)
     in_flight: collections.deque[Terms] = collections.deque()
     run.reporter.begin(first, run.total_steps)

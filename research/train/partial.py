@@ -93,7 +93,7 @@ def load_into(target: Any, weights: Mapping[str, Any], rules: Rules, resize: boo
     taken, resized, misshaped = {}, [], []
     for name in (name for name in flat if wanted[name] and name in given):
         array, shape = given[name], tuple(flat[name].shape)
-        fitted = fit_positions(name, array, shape, flat)
+        fitted = fit_positions(name, array, shape, flat) if resize else None
         if tuple(array.shape) == shape:
             taken[name] = np.asarray(array, flat[name].dtype)
         elif fitted is not None:

@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 
+from research.core import schema
 from research.core.errors import UsageError
+from research.data import build, pipeline, streams
 from research.data import mixture as mixtures
-from research.data import pipeline, streams
 from research.data.mixture import Mixture, MixturePlan, mixture
 from research.data.plan import plan_of
 from research.data.source import ArraySource
@@ -232,3 +233,24 @@ def test_interleaving_is_even():
     assert owners.tolist() == [0, 0, 1, 0, 0, 0, 1, 0]
     for k in (0, 1):
         assert ranks[owners == k].tolist() == list(range((owners == k).sum()))
+
+
+def test_a_mixture_stays_one_through_splits_budget_tokenizer_and_transforms(tmp_path):
+    for name, count in (('one', 300), ('two', 100)):
+        lines = [json.dumps({'text': f'{name} number {i} {i * 7919 % 1000}'}) for i in range(count)]
+        (tmp_path / f'{name}.jsonl').write_text('\n'.join(lines))
+    config = schema.default_config()
+    sources = [f'text_files(path="{tmp_path}/{name}.jsonl")' for name in ('one', 'two')]
+    config.data.source = {'name': 'mixture', 'sources': sources, 'weights': (1, 3), 'max_epochs': (None, 4)}
+    config.data.budget = '50%'
+    config.data.tokenizer = 'bpe(vocabulary_size=300)'
+    config.data.transforms = ['pack(length=32)']
+    parts, spec = build.build_splits(schema.resolve(config).data)
+    assert set(parts) == {'train', 'validation', 'test'}
+    assert all(isinstance(part, Mixture) for part in parts.values())
+    assert spec.tokenizer.vocabulary_size <= 300
+    assert spec.examples['tokens'] == ((33,), np.dtype(np.int32))
+    plan = plan_of(parts['train'], 8, 0)
+    owners, _, _ = drawn(plan, 4)
+    assert np.bincount(owners).tolist() == [8, 24]
+    assert parts['test'].weights == (1, 3)
