@@ -35,7 +35,7 @@ DATA = {
     'gpt2_124m': specs.windows(1024, 50304),
     'llama_1b': specs.windows(2048, 128256),
     'help_en_de_seq2seq': specs.pairs(64, 64, 8192),
-    'bert_base_mlm': specs.padded(512, 30522),
+    'bert_base_mlm': specs.packed(511, 30522),
     'stamps_clip': specs.padded(64, 259, 9, image=((64, 64, 3), np.uint8)),
 }
 

@@ -29,7 +29,6 @@ from research.core.terms import Terms, weighted
 from research.data.source import DataSpec
 from research.tasks.base import Batch, Keys, Supervised, Variables
 from research.tasks.chunked import in_chunks, score
-from research.tasks.losses import unmasked
 from research.tasks.states import Metric
 from research.tasks.tokens import TokenTask
 
@@ -149,9 +148,8 @@ def _costs(task: Distill, variables: Variables, teacher: Variables, batch: Batch
     inner: Any = task.inner
     logits, state = inner.apply(variables, batch, rngs, train=True)
     taught, _ = task.teacher_task.apply(teacher, batch, None, train=False)
-    mask = batch['mask']
-    kl = divergence(unmasked(taught, mask), unmasked(logits, mask), task.temperature)  # (B,)
-    return inner.terms(logits, batch), weighted(task.temperature**2 * kl, mask), state
+    kl = divergence(taught, logits, task.temperature)  # (B,)
+    return inner.terms(logits, batch), weighted(task.temperature**2 * kl, batch['mask']), state
 
 
 def _token_costs(task: Distill, variables: Variables, teacher: Variables, batch: Batch, rngs: Keys | None) -> Costs:

@@ -27,8 +27,8 @@ Result = dict[str, float | list]
 class Metric(Protocol):
     """One evaluation metric, possibly with several results."""
 
-    def batch(self, outputs: jax.Array, batch: Mapping[str, Any]) -> State:
-        """The state of one batch with float32 `outputs` (B, K); can be jitted. Rows whose mask is zero do not count."""
+    def batch(self, outputs: Any, batch: Mapping[str, Any]) -> State:
+        """The state of one batch with what the task predicts, such as float32 (B, K); can be jitted. Rows whose mask is zero do not count."""
         ...
 
     def merge(self, a: State, b: State) -> State:

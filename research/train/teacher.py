@@ -35,7 +35,7 @@ def restore(experiment: Experiment, data: DataSpec, path: str) -> Teacher:
     component = registry.component('model', run['config']['model'], 'config.model')
     package = component.name.partition(':')[0].partition('.')[0]
     own = {name.partition('.')[0] for name in foreign(fields.to_plain(experiment))}
-    if ':' in component.name and False:
+    if ':' in component.name and package not in own:
         raise UsageError(
             f'the teacher in {path} names code that your config does not: {component.name}',
             f'if you trust it, take the model of the student from {package!r} too',

@@ -249,6 +249,7 @@ def test_half_precision_is_moved_as_it_is():
     packed = pair.pack([kernel])
     assert packed.shape == pair.shape == (6, 4)
     assert packed.dtype == kernel.dtype
+    assert packed.flags.c_contiguous
     np.testing.assert_array_equal(packed, np.einsum('ihk->hki', kernel.astype(np.float32)).reshape(6, 4))
     np.testing.assert_array_equal(pair.unpack(packed)[0], kernel)
 

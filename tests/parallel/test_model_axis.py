@@ -56,6 +56,8 @@ def test_rules_are_those_beside_the_class_or_its_base():
     from research.models import transformer
 
     assert rules.own_rules(GPT2Small(num_outputs=5)) is transformer.PARTITION_RULES
+    preset = type('Preset', (Ruled,), {'__module__': 'a_module_without_rules'})
+    assert rules.own_rules(preset(num_outputs=5)) is PARTITION_RULES
     plain = type('Plain', (nn.Module,), {'__module__': 'a_module_without_rules'})
     with pytest.raises(UsageError, match='model Plain has none'):
         rules.own_rules(plain())

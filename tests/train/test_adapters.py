@@ -232,16 +232,16 @@ class Sum:
 
 def test_dropout_is_for_training_only_and_keeps_the_mean():
     def loss_of(rate, train, seed):
-        lora = Lora(Sum(), 1, 1, (('kernel', 'lora'),), rate)
+        lora = Lora(Sum(), 2, 2, (('kernel', 'lora'),), rate)
         variables = lora.init(jax.random.key(0), {})
-        variables['params'] = {'a_kernel': jnp.ones((2000, 1)), 'b_kernel': jnp.ones((1, 3))}
+        variables['params'] = {'a_kernel': jnp.ones((2000, 2)), 'b_kernel': jnp.ones((2, 3))}
         return float(lora.loss(variables, {}, {'dropout': jax.random.key(seed)}, train)[0]['loss'][0])
 
-    assert loss_of(0.5, False, 1) == loss_of(0.0, True, 1) == 6000
-    drawn = [loss_of(0.5, True, seed) for seed in range(3)]
-    assert len(set(drawn)) == 3
-    assert all(value % 6 == 0 for value in drawn)  # whole rows, each doubled
-    assert np.mean(drawn) == pytest.approx(6000, rel=0.05)
+    assert loss_of(0.5, False, 1) == loss_of(0.0, True, 1) == 12000
+    drawn = [loss_of(0.5, True, seed) for seed in range(5)]
+    assert len(set(drawn)) == 5
+    assert all(value % 12 == 0 for value in drawn)  # whole rows, each doubled
+    assert np.mean(drawn) == pytest.approx(12000, rel=0.05)
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,8 @@ def test_quantised_weights_are_refused_by_name(dtype, message, tmp_path):
 
 
 def test_a_broken_index_is_refused(tmp_path):
-    folder = write_shards(tmp_path)
+    folder = write_shards(tmp_path / 'model')
+    save_file({'model.norm.weight': np.ones(32, np.float32)}, tmp_path / 'elsewhere.safetensors')
     text = (folder / INDEX).read_text()
 
     def with_index(change):
