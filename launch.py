@@ -2,7 +2,7 @@
 
 python launch.py --config=configs/NAME.py[:argument=value,...] [--config.section.key=value ...] [--workdir=DIR] [--mode=MODE]
 
-Modes: train (default), evaluate and export (the run in --workdir), show (the resolved config with every field's meaning), doctor
+Modes: train (default), evaluate or export (the run in --workdir), show (the config with the meaning of every field), doctor
 (this machine). The same command resumes. Exit: 0 done, 2 usage, 74 storage, 75 stopped, 76 numbers, 77 permission.
 """
 

@@ -33,7 +33,10 @@ def get_config(start: str = 'minilm', folder: str = FOLDER, epochs: int = 6):
         'bert_base(depth=6, width=384, heads=12, pooling="mean", dropout=0.1)'  # pretrained(path=folder), written out
     )
     config.task = 'classify(inputs="tokens")'
-    config.optimizer = {'name': 'adamw', 'learning_rate': 1e-4, 'weight_decay': 0.01, 'clip': 'global_norm(max_norm=1.0)'}
+    config.optimizer.name = 'adamw'
+    config.optimizer.learning_rate = 0.0001
+    config.optimizer.weight_decay = 0.01
+    config.optimizer.clip = 'global_norm(max_norm=1.0)'
     config.optimizer.schedule = {'name': 'linear', 'warmup': '10%'}
     config.train.duration = f'{epochs} epochs'
     if start == 'minilm':

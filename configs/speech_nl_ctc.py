@@ -30,7 +30,9 @@ def get_config(epochs: int = 40):
         'time_width': 25,
     }
     config.task = 'ctc'
-    config.optimizer = {'name': 'adamw', 'learning_rate': 1e-3, 'weight_decay': 0.01}
+    config.optimizer.name = 'adamw'
+    config.optimizer.learning_rate = 0.001
+    config.optimizer.weight_decay = 0.01
     config.optimizer.schedule = {'name': 'cosine', 'warmup': '5%'}
     config.optimizer.clip = 'global_norm(max_norm=1.0)'
     config.train.duration = f'{epochs} epochs'

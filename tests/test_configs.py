@@ -28,7 +28,7 @@ DATA = {
     'imagenet_vit_s16': specs.image((256, 256, 3), 1000),
     'shuttle_faults': specs.spec({'numeric': ((9,), np.float32), **specs.LABEL}, 2),
     'docs_gpt': specs.windows(128, 259),
-    'minilm_finetune': specs.padded(24, 30522, 16),
+    'minilm_finetune': specs.padded(16, 30522, 16),
     'speech_nl_ctc': specs.padded(112, 40, audio=((48000,), np.int16), audio_length=((), np.int32)),
     'gcide_gpt': specs.packed(256, 8192),
     'poetry_zh_gpt': specs.packed(128, 6000),
@@ -36,7 +36,7 @@ DATA = {
     'llama_1b': specs.windows(2048, 128256),
     'help_en_de_seq2seq': specs.pairs(64, 64, 8192),
     'bert_base_mlm': specs.packed(511, 30522),
-    'stamps_clip': specs.padded(64, 259, 9, image=((64, 64, 3), np.uint8)),
+    'stamps_clip': specs.padded(16, 1000, 16, image=((64, 64, 3), np.uint8)),
 }
 
 

@@ -36,14 +36,15 @@ FAMILIES = {
     'vit, scan': ("vit(patch=4, depth=2, width=16, heads=2, scan=True, positions='sincos2d')", 'classify', IMAGE),
     'mixer': ('mixer(patch=4, width=16, depth=1)', 'classify', IMAGE),
     'lstm': ("rnn(cell='lstm', hidden=(8,), bidirectional=True, pooling='mean')", 'classify', SMALL),
-    'gru, language': ("rnn(cell='gru', hidden=(8,), pooling='none')", "language(metrics=('perplexity',))", specs.windows(12, 20)),
+    'gru, language': ("rnn(cell='gru', hidden=(8,), pooling='none')", 'language', specs.windows(12, 20)),
     'decoder, packed': (f"decoder({TINY}, max_length=16)", 'language(chunk=4)', specs.packed(12, 20)),
     'decoder, llama, scan': (
         "decoder(depth=2, width=16, heads=4, kv_heads=2, positions='rotary', norm='rms', activation='swiglu', bias=False,"
         ' qk_norm=True, tied=False, scan=True)', 'language', specs.windows(12, 20),
     ),
     'encoder, masked': (
-        f"encoder({TINY}, norm_position='post', mask_head=True, segment_types=2, embed_norm=True)", 'masked', specs.padded(12, 20),
+        f"encoder({TINY}, norm_position='post', mask_head=True, segment_types=2, embed_norm=True)",
+        'masked', specs.padded(12, 20),
     ),
     'encoder, text': (f"encoder({TINY}, pooling='first')", "classify(inputs='tokens')", specs.padded(12, 20, 5)),
     'encoder, tags': (f"encoder({TINY})", 'tag', TAGS),

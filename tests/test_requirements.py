@@ -113,7 +113,9 @@ def test_everything_that_is_named_is_pinned(python):
 
 def test_everything_that_is_brought_along_is_pinned():
     here = '.'.join(map(str, sys.version_info[:2]))
-    assert closure(requirements(CPU) + requirements(EXTRAS) + requirements(DEV) + requirements(TYPES)) - set(pinned(here)) == set()
+    assert (
+        closure(requirements(CPU) + requirements(EXTRAS) + requirements(DEV) + requirements(TYPES)) - set(pinned(here)) == set()
+    )
 
 
 @pytest.mark.parametrize('python', PYTHONS)

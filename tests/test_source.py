@@ -20,6 +20,7 @@ MAY_IMPORT = {
     'parallel': {'core'},
     'tasks': {'core', 'data', 'optim', 'parallel'},  # a model's call protocol, never a concrete model
     'train': {'core', 'data', 'models', 'optim', 'parallel', 'tasks'},
+    'serve': {'core', 'data', 'models', 'optim', 'parallel', 'tasks', 'train'},
 }
 
 

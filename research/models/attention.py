@@ -12,6 +12,7 @@ never influences a token. What a padded query gives is finite and has no meaning
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +92,7 @@ def attend(
     if slots is not None:
         visible = jnp.arange(key.shape[1]) <= slots[:, None, :, None]  # (B, 1, T, S)
         return jax.nn.dot_product_attention(query, key, value, mask=visible, implementation='xla')
-    chosen = choose(implementation, query, key, masked=query_segments is not None)
+    chosen: Any = choose(implementation, query, key, masked=query_segments is not None)
     if chosen == 'flash':
         return flash.splash(query, key, value, causal, query_segments, key_segments)
     mask = None

@@ -103,15 +103,17 @@ class AudioEncoder(nn.Module):
     def setup(self):
         """Convolutions and body."""
         self._check()
-        channels, same = self.channels or self.width, [(self.kernel // 2,) * 2]
+        channels, half = self.channels or self.width, self.kernel // 2
+        as_kernel: Any = _as_kernel
         self.convolutions = [
-            nn.Conv(channels, (self.kernel,), strides=stride, padding=same, promote_dtype=_as_kernel) for stride in self.strides
+            nn.Conv(channels, (self.kernel,), strides=stride, padding=[(half, half)], promote_dtype=as_kernel)
+            for stride in self.strides
         ]
         self.norm = layers.make_norm('layer', 1e-5)
         self.drop = nn.Dropout(self.dropout)
         if self.body == 'transformer':
             options = LayerOptions(width=self.width, heads=self.heads, rotary=True, dropout=self.dropout)
-            self.stack = Stack(options, self.depth)
+            self.stack: Any = Stack(options, self.depth)
         else:
             self.stack = RecurrentStack(
                 cell=self.cell,

@@ -7,6 +7,7 @@ for TPUs: `splash(query (2, 256, 4, 64), key (2, 256, 2, 64), value, causal=True
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +87,9 @@ def _splash(
     kernel = kernels.make_splash_mha(
         kernels.MultiHeadMask([mask] * query.shape[2]), block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret
     )
-    segments = None if query_segments is None else kernels.SegmentIds(query_segments, key_segments)
+    segments = None
+    if query_segments is not None and key_segments is not None:
+        segments = kernels.SegmentIds(query_segments, key_segments)
     query, key, value = (x.swapaxes(1, 2) for x in (query * query.shape[-1] ** -0.5, key, value))  # (B, heads, length, K)
-    return jax.vmap(kernel)(query, key, value, segments).swapaxes(1, 2).astype(query.dtype)  # (B, T, H, K)
+    found: Any = jax.vmap(kernel)(query, key, value, segments)  # (B, H, T, K)
+    return found.swapaxes(1, 2).astype(query.dtype)  # (B, T, H, K)

@@ -101,8 +101,8 @@ class LogMel:
     def filters(self) -> np.ndarray:
         """The weight of each bin in each mel, (R, M) float32."""
         bins = np.fft.rfftfreq(self.transform_samples, 1 / self.sample_rate)  # (R,) in Hz
-        ends = to_mel(np.array([self.low, self.highest]), self.scale)
-        corners = from_mel(np.linspace(*ends, self.mels + 2), self.scale)  # (M + 2,) in Hz
+        first, last = to_mel(np.array([self.low, self.highest]), self.scale)
+        corners = from_mel(np.linspace(first, last, self.mels + 2), self.scale)  # (M + 2,) in Hz
         rising = (bins[:, None] - corners[:-2]) / np.diff(corners)[:-1]  # (R, M)
         falling = (corners[2:] - bins[:, None]) / np.diff(corners)[1:]
         heights = 2 / (corners[2:] - corners[:-2]) if self.scale == 'slaney' else 1.0

@@ -48,6 +48,7 @@ def lstm(state: State, projected: jax.Array, recurrent: jax.Array, bias: jax.Arr
 def gru(state: State, projected: jax.Array, recurrent: jax.Array, bias: jax.Array | None) -> State:
     """The next state of a GRU from the shares in its gates, (B, 3, H) each, and the recurrent bias (H,) of the new state."""
     (hidden,) = state
+    assert bias is not None
     gates = nn.sigmoid(projected[:, :2] + recurrent[:, :2])
     reset, update = gates[:, 0], gates[:, 1]  # (B, H) each
     new = jnp.tanh(projected[:, 2] + reset * (recurrent[:, 2] + bias))

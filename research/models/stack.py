@@ -195,6 +195,7 @@ class Block(nn.Module):
     def _attend_memory(self, x: jax.Array, cache: Cache | None, layer: int | jax.Array, context: Context) -> jax.Array:
         """Cross-attention to the memory, or to what the cache holds of it."""
         if cache is None:
+            assert context.memory is not None
             key, value = self.cross_attention.project(context.memory)
         else:
             key, value = (cache[name][layer].astype(x.dtype) for name in ('memory_key', 'memory_value'))
@@ -232,11 +233,12 @@ class Stack(nn.Module):
         out_std = self.options.init_std / ((2 * self.depth) ** 0.5 if pre else 1)
         block = Block if self.remat == 'none' else self._rematerialised()
         if self.scan:
-            self.layers = nn.scan(
+            in_axes: Any = (0, nn.broadcast, nn.broadcast)  # layer, context, train
+            self.layers: Any = nn.scan(
                 block,
                 variable_axes={'params': 0},
                 split_rngs={'params': True, 'dropout': True},
-                in_axes=(0, nn.broadcast, nn.broadcast),  # layer, context, train
+                in_axes=in_axes,
                 length=self.depth,
                 methods=['__call__', 'remember'],
             )(self.options, out_std)

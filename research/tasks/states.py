@@ -28,7 +28,7 @@ class Metric(Protocol):
     """One evaluation metric, possibly with several results."""
 
     def batch(self, outputs: Any, batch: Mapping[str, Any]) -> State:
-        """The state of one batch with what the task predicts, such as float32 (B, K); can be jitted. Rows whose mask is zero do not count."""
+        """The state of one batch with what the task predicts, float32 (B, K) say; can be jitted. Masked rows do not count."""
         ...
 
     def merge(self, a: State, b: State) -> State:

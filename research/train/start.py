@@ -54,7 +54,9 @@ def first_state(parts: Parts, experiment: Experiment, checkpoints: Checkpoints) 
         return state, meta, f'resumed from step {step}'
     if experiment.init_from is not None:
         report = checkpoints.folder.parent / 'init_report.txt'
-        state, origin = _from_other(parts.init(), pathlib.Path(experiment.init_from), experiment.init_rules, report)
+        state, origin = _from_other(
+            parts.init(), pathlib.Path(experiment.init_from).expanduser(), experiment.init_rules, report
+        )
         return state, {}, origin
     return parts.init(), {}, 'started from scratch'
 

@@ -5,7 +5,6 @@ student's data and task stand for the rest, so teacher and student see the same 
 otherwise (other preprocessing, another tokenizer), its outputs would mean something else, and it is refused.
 """
 
-import functools
 import pathlib
 from typing import Any
 
@@ -29,7 +28,8 @@ def restore(experiment: Experiment, data: DataSpec, path: str) -> Teacher:
     Raises:
       UsageError: there is no run, its model is not trusted, or it saw its examples otherwise.
     """
-    run = RunDirectory(path).read_run()
+    folder = pathlib.Path(path).expanduser()
+    run = RunDirectory(folder).read_run()
     if run is None:
         raise UsageError(f'config.task.teacher={path!r} holds no run', 'give the --workdir of a trained run')
     component = registry.component('model', run['config']['model'], 'config.model')
@@ -40,15 +40,11 @@ def restore(experiment: Experiment, data: DataSpec, path: str) -> Teacher:
             f'the teacher in {path} names code that your config does not: {component.name}',
             f'if you trust it, take the model of the student from {package!r} too',
         )
-    _check_view(experiment, data, run, path)
-    return Teacher(component.bound(), functools.partial(_read, path))
+    _check_view(experiment, data, run, folder)
+    return Teacher(component.bound(), lambda: weights.read_run(folder, 'config.task.teacher')[0])
 
 
-def _read(path: str) -> dict[str, Any]:
-    return weights.read_run(pathlib.Path(path), 'config.task.teacher')[0]
-
-
-def _check_view(experiment: Experiment, data: DataSpec, run: dict[str, Any], path: str) -> None:
+def _check_view(experiment: Experiment, data: DataSpec, run: dict[str, Any], path: pathlib.Path) -> None:
     """Refuses a teacher that saw its examples otherwise than the student does."""
     ours, theirs = fields.to_plain(experiment.data.preprocess), run['config']['data']['preprocess']
     if ours != theirs:
@@ -56,7 +52,7 @@ def _check_view(experiment: Experiment, data: DataSpec, run: dict[str, Any], pat
             f'the teacher in {path} was trained with config.data.preprocess={theirs}, the student has {ours}',
             'give the student the same preprocessing',
         )
-    folder = pathlib.Path(path) / 'tokenizer'
+    folder = path / 'tokenizer'
     if data.tokenizer is not None and tokenizers.load(folder).fingerprint != data.tokenizer.fingerprint:
         raise UsageError(
             f'the teacher in {path} reads with another tokenizer than the student', f'give the student the one in {folder}'
