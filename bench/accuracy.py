@@ -1,4 +1,4 @@
-"""Accuracy of a config over seeds: mean, standard deviation and range, with the conditions they were measured under.
+"""What a config reaches over seeds: mean, standard deviation and range of its metrics, with the conditions of measurement.
 
     python -m bench.accuracy --config=configs/digits_cnn.py --seeds=5
     python -m bench.accuracy --config=configs/fashion_mnist_cnn.py:recipe=reference --seeds=5 \
@@ -21,8 +21,6 @@ from research.core import config_file, files, schema
 from research.train.loop import train
 from research.train.provenance import provenance
 
-METRICS = ('accuracy', 'loss')
-
 
 def measure(config: str, overrides: list[str], seed: int) -> dict[str, Any]:
     """One run in a temporary folder: its final results, its steps and its seconds."""
@@ -34,7 +32,10 @@ def measure(config: str, overrides: list[str], seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         summary = train(schema.resolve(plain), folder, quiet=True)
     results = {
-        f'{split} {name}': values[name] for split, values in summary['metrics'].items() for name in METRICS if name in values
+        f'{split} {name}': value
+        for split, values in summary['metrics'].items()
+        for name, value in values.items()
+        if isinstance(value, float)
     }
     seconds = summary['budget']['seconds']
     return {

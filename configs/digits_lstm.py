@@ -3,7 +3,7 @@
     python launch.py --config=configs/digits_lstm.py
     python launch.py --config=configs/digits_lstm.py:dropout=plain
 
-RESULT
+Result: not measured here yet.
 """
 
 from research.core.schema import default_config

@@ -3,7 +3,7 @@
     python launch.py --config=configs/docs_gpt.py
     python launch.py --config=configs/docs_gpt.py:tokenizer=bpe
 
-RESULT
+Result: not measured here yet.
 """
 
 from research.core.schema import default_config

@@ -4,7 +4,7 @@
     python launch.py --config=configs/fashion_resnet_fewlabels.py:recipe=supervised
     python launch.py --config=configs/fashion_resnet_fewlabels.py:labels=1000,steps=4000
 
-RESULT
+Result: not measured here yet.
 """
 
 from research.core.schema import default_config

@@ -3,7 +3,7 @@
     python launch.py --config=configs/fashion_vit.py --config.data.source.dir=/usr/share/datasets/fashion-mnist
     python launch.py --config=configs/fashion_vit.py:epochs=20,patch=4
 
-RESULT
+Result: not measured here yet.
 """
 
 from research.core.schema import default_config

@@ -5,7 +5,7 @@
 
 Entries of 300 characters in the mean lie side by side in rows of 256 tokens, none of which sees another entry's.
 
-RESULT
+Result: not measured here yet.
 """
 
 from research.core.schema import default_config

@@ -6,7 +6,7 @@
 The help repeats itself: equal sentences never lie on both sides of a split, but similar ones do, so BLEU here says nothing of
 free text. Targets longer than 64 tokens are cut in training and in the references.
 
-RESULT
+Result: not measured here yet.
 """
 
 from research.core.schema import default_config

@@ -4,7 +4,7 @@
     python launch.py --config=configs/poetry_zh_gpt.py
     python launch.py --config=configs/poetry_zh_gpt.py:dynasty=both
 
-RESULT
+Result: not measured here yet.
 """
 
 from research.core.schema import default_config
@@ -15,7 +15,7 @@ def get_config(dynasty: str = 'tang', vocabulary: int = 6000, steps: int = 800):
 
     Args:
       dynasty: 'tang', 'song' (254,000 poems) or 'both'.
-      vocabulary: the characters that are known, most frequent first; the others (0.2 % of the text) are one unknown token.
+      vocabulary: the characters that are known, most frequent first; the others are one unknown token.
       steps: optimiser steps of about 2,000 characters.
     """
     config = default_config()

@@ -3,7 +3,7 @@
     python -m bench.data fetch speech_nl
     python launch.py --config=configs/speech_nl_ctc.py
 
-RESULT
+Result: not measured here yet.
 """
 
 from research.core.schema import default_config
