@@ -4,8 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from research.core import schema
+from research.core import fields, schema
 from research.core.durations import Facts
+from research.core.errors import UsageError
 from research.parallel import mesh as meshes
 from research.train import build
 from tests import specs
@@ -68,26 +69,37 @@ def experiment(model, task):
     return schema.resolve(config)
 
 
-def two_steps(settings, data, devices):
+def two_steps(settings, data, devices, start=None):
+    """Losses and states of two steps, from the state `start` or a fresh one."""
     mesh = meshes.make_mesh(devices)
     task = build.make_task(settings, data)
     parts = build.make_parts(settings, task, data, mesh, build.learning_rate(settings.optimizer, Facts(16, 100, 1e9, 2)))
-    compiled, state, losses = build.compile_parts(parts, settings, mesh), parts.init(), []
+    layout = jax.tree.map(lambda leaf: leaf.sharding, parts.abstract)
+    start = parts.init() if start is None else jax.device_put(start, layout)
+    kept, losses = jax.device_get(start), []
+    compiled, state = build.compile_parts(parts, settings, mesh), start
     for seed in range(2):
         batch = jax.device_put(specs.random_batch(data, 16, seed), meshes.batch_sharding(mesh))
         state, terms = compiled(state, batch)
         losses.append(float(terms['loss'][0] / terms['loss'][1]))
-    return losses, state
+    return losses, state, kept
 
 
 @pytest.mark.parametrize('family', FAMILIES)
 def test_two_steps_on_eight_devices_equal_two_steps_on_one(family):
     model, task, data = FAMILIES[family]
     settings = experiment(model, task)
-    one, one_state = two_steps(settings, data, 1)
-    eight, eight_state = two_steps(settings, data, 8)
+    one, one_state, start = two_steps(settings, data, 1)
+    eight, eight_state, _ = two_steps(settings, data, 8, start)
     assert np.isfinite(one).all()
     assert one[0] != one[1]
     np.testing.assert_allclose(eight, one, rtol=1e-5)
     for a, b in zip(jax.tree.leaves(one_state.params), jax.tree.leaves(eight_state.params), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_a_task_that_compares_within_the_batch_refuses_microbatches():
+    model, task, data = FAMILIES['clip']
+    plain = fields.to_plain(experiment(model, task)) | {'train': {'accumulate': 2, 'duration': '2 steps'}}
+    with pytest.raises(UsageError, match='would split the batch within which'):
+        two_steps(schema.resolve(plain), data, 1)

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from research.core import registry, rng
 from research.core.durations import Facts
+from research.core.errors import UsageError
 from research.core.schema import Experiment, Optimizer, Train
 from research.data.build import build_augmentation
 from research.data.source import DataSpec
@@ -156,6 +157,12 @@ def make_extras(train: Train) -> dict[str, Callable[[Any], Any]]:
 def make_step(experiment: Experiment, task: Task, optimizer: optax.GradientTransformation) -> Step:
     """The whole step, inside out: gradients, microbatches, devices; update, augmentation, average, guard."""
     train, seed = experiment.train, experiment.seed
+    if train.accumulate > 1 and getattr(task, 'whole_batch', False):
+        raise UsageError(
+            f'config.train.accumulate={train.accumulate} would split the batch within which task '
+            f'{experiment.task.name!r} compares',
+            'set config.train.accumulate=1',
+        )
     gradients = step.accumulate(step.gradients_of(task), train.accumulate)
     gradients = step.all_reduce(gradients, compilation.axis_name(experiment.parallel.compile))
     result = step.make_step(gradients, optimizer, seed)
