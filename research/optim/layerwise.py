@@ -1,10 +1,10 @@
-"""Layer-wise learning rates: lower layers, which hold what is general, move less (Clark et al. 2020, "ELECTRA", appendix A).
+"""Layer-wise learning rates: lower layers, which hold what is general, move less (Howard & Ruder 2018, "ULMFiT", section 3.2).
 
 Shape letters: L layers.
 
 A leaf's rate is multiplied by decay^(number of layers above it): what stands above all layers (head, final norm, pooler) by
-1, the top layer by decay, the lowest by decay^L, and embeddings, which are layer 0, by decay^(L + 1), as in BEiT (Bao et al.
-2022). With a decay of 0.5 and two layers:
+1, the top layer by decay, the lowest by decay^L, and embeddings, which are layer 0, by decay^(L + 1), as in ELECTRA and BEiT
+(Clark et al. 2020; Bao et al. 2022). With a decay of 0.5 and two layers:
 
     head/kernel 1    stack/layers_1/... 0.5    stack/layers_0/... 0.25    embed/embedding 0.125
 
@@ -25,7 +25,7 @@ from research.core.errors import UsageError
 
 LAYER = re.compile(r'((?:.*/)?)(?:layers_(\d+)(?:_forward|_backward)?|stage_(\d+)_block_(\d+)|layers)/.*')
 BELOW = re.compile(
-    r'(.*/)?(\w*embed\w*|\w*position\w*|patch|class_token|mask_token|segment_type|stem\w*|frontend\w*|convolutions?)(/.*)?'
+    r'(.*/)?(\w*embed\w*|\w*position\w*|patch|class_token|segment_type|stem\w*|convolutions_\d+|numeric|category)(/.*)?'
 )
 
 Number = tuple[int, ...]  # (index,), or (stage, block)

@@ -195,11 +195,6 @@ def constants_of(task: Task) -> dict[str, Any]:
     return getattr(task, 'constants', dict)()
 
 
-def whole(task: Task, variables: Variables) -> tuple[Task, Variables]:
-    """The task and the variables without an adapter: what export and serving work with."""
-    return (task.task, task.merge(variables)) if isinstance(task, Lora) else (task, variables)
-
-
 def describe_size(params: Any, model_state: Any, rate_rules: Rules) -> str:
     """How large a model is, in words: '1,234,567 parameters', or '12,345 of 1,234,567 parameters trained'.
 

@@ -79,6 +79,12 @@ def test_each_of_several_stacks_counts_for_itself_and_what_they_share_in_the_dee
     assert found == {'image/patch/kernel': 0.25, 'image/stack/layers_0/x': 0.5, 'text/stack/layers_1/x': 0.5}
 
 
+@pytest.mark.parametrize('name', ['convolutions_0/kernel', 'numeric/weight', 'category/embedding_1', 'segment_type/embedding'])
+def test_what_feeds_the_layers_is_below_them(name):
+    params = leaves.nested({name: np.zeros((2, 2)), 'stack/layers_0/up/kernel': np.zeros((2, 2))})
+    assert leaves.flat(layerwise.multipliers(params, 0.5)) == {name: 0.25, 'stack/layers_0/up/kernel': 0.5}
+
+
 def test_without_names_of_layers_it_is_refused():
     with pytest.raises(UsageError, match=r'layer_decay=0.5 needs layers that are called layers_0'):
         layerwise.multipliers({'Dense_0': {'kernel': np.zeros((2, 2))}}, 0.5)

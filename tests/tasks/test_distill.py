@@ -46,9 +46,9 @@ def batch_of(seed=0):
 
 def variables_of(task, batch, seed=0):
     """Fresh variables of the student, and a teacher of another key in its place."""
-    variables = task.init(jax.random.key(seed), batch)
+    variables = jax.jit(task.init)(jax.random.key(seed), batch)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(variables['teacher']))  # filled in later, see `constants`
-    return {**variables, 'teacher': task.teacher_task.init(jax.random.key(seed + 1), batch)}
+    return {**variables, 'teacher': jax.jit(task.teacher_task.init)(jax.random.key(seed + 1), batch)}
 
 
 def softmax(x):
@@ -74,7 +74,7 @@ def test_loss_and_gradient_are_those_of_the_formula(temperature, weight):
         terms, new = task.loss({'params': params, **state}, batch, {}, train=True)
         return terms['loss'][0], (terms, new)
 
-    gradient, (terms, new) = jax.grad(total, has_aux=True)(variables['params'])
+    gradient, (terms, new) = jax.jit(jax.grad(total, has_aux=True))(variables['params'])
     close(new['teacher'], variables['teacher'], rtol=0, atol=0)
     keep = batch['mask'] > 0
     x, labels = np.float64(batch['image'][keep]), batch['label'][keep]
