@@ -7,7 +7,7 @@ import tempfile
 os.environ['JAX_PLATFORMS'] = 'cpu'
 # The suite compiles much and computes little: less optimisation makes compiling several times faster.
 os.environ['XLA_FLAGS'] = (
-    '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
+    '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true'
 )
 os.environ.setdefault('FULCRUM_CACHE', os.path.join(tempfile.gettempdir(), f'fulcrum-test-cache-{os.getuid()}'))
 # Many tests compile the same small programs: one cache serves the suite and the processes that it starts.
