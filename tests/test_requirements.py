@@ -18,6 +18,7 @@ PYTHONS = ('3.11', '3.12', '3.13')
 NOT_IMPORTED = {
     'grain',  # users build their own input pipelines with it
     'importlib-resources',  # TFDS's builders import it and TFDS does not declare it
+    *('sacrebleu', 'sentencepiece', 'soundfile'),  # extras: imported by name, with an error that says what to install
 }
 
 
