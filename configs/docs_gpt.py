@@ -9,19 +9,19 @@ Result: not measured here yet.
 from research.core.schema import default_config
 
 
-def get_config(tokenizer: str = 'byte', steps: int = 400):
+def get_config(tokenizer: str = 'byte', steps: int = 200):
     """The config.
 
     Args:
       tokenizer: 'byte', or 'bpe' with 2,048 tokens trained on the training texts.
-      steps: optimiser steps of 4,096 tokens.
+      steps: optimiser steps of 2,048 tokens.
     """
     config = default_config()
     config.data.source = 'python_docs'
     config.data.tokenizer = {'byte': 'byte', 'bpe': 'bpe(vocabulary_size=2048)'}[tokenizer]
     config.data.transforms = ['windows(length=128)']
     config.data.test = 0.1
-    config.data.batch_size = 32
+    config.data.batch_size = 16
     config.data.evaluation_batch_size = 128
     config.model = {
         'name': 'decoder', 'depth': 4, 'width': 128, 'heads': 4, 'positions': 'rotary', 'norm': 'rms', 'bias': False,
