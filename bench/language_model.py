@@ -8,7 +8,9 @@ The recipe: 4 layers of width 128, 4 heads, context 64, batch 12, 2,000 steps of
 'python_docs'), as bytes. Every process is pinned to one core and has one thread.
 
 The training runs give the loss over the whole validation text. The speed is that of the whole step as a run takes it: batch
-from the index plan, copy to the device, step (PyTorch: eager, as the recipe says). `repeat` is a second process of Fulcrum.
+from the index plan, copy to the device, step (PyTorch: eager, as the recipe says). `repeat` is a second process of Fulcrum;
+both have their program from the compilation cache, as any run but the first. --tuned gives PyTorch's process what
+`parallel/memory.py` gives Fulcrum's: glibc keeps freed memory, in huge pages.
 """
 
 import argparse
@@ -31,6 +33,11 @@ TARGET = 1.2
 STEPS, CONTEXT, BATCH = 2000, 64, 12
 MODEL = "decoder(depth=4, width=128, heads=4, max_length=64, activation='gelu_exact', bias=False)"
 ENVIRONMENT = {'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1', 'JAX_PLATFORMS': 'cpu', 'NPROC': '1'}
+
+TUNED = {  # what parallel/memory.py does from inside
+    'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=2147483647:glibc.malloc.mmap_max=0'
+    ':glibc.malloc.arena_max=1'
+}
 
 
 def experiment(seed: int, steps: int = STEPS) -> schema.Experiment:
@@ -88,9 +95,10 @@ class Trainer:
 
 def work() -> None:
     """The process of Fulcrum's arms."""
-    from research.parallel import cache
+    from research.parallel import cache, memory
     from research.train.loop import train
 
+    memory.keep_freed()
     cache.enable()
     trainer: list[Trainer] = []
 
@@ -149,6 +157,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument('--rounds', type=int, default=24)
     parser.add_argument('--block', type=int, default=20, help='steps in one round')
     parser.add_argument('--core', type=int, default=0)
+    parser.add_argument('--tuned', action='store_true', help="PyTorch with Fulcrum's settings of the allocator")
     parser.add_argument('--output', type=pathlib.Path)
     options = parser.parse_args(argv)
     if options.worker:
@@ -158,7 +167,10 @@ def main(argv: list[str]) -> None:
         ours = [sys.executable, '-m', 'bench.language_model', '--worker']
         peer = [options.peer, str(ROOT / 'bench/peers/nano_gpt.py'), f'{folder}/text.npz']
         commands = {'fulcrum': ours, 'pytorch': peer, 'repeat': ours}
-        workers = {name: Worker(command, options.core, ENVIRONMENT) for name, command in commands.items()}
+        with Worker(ours, options.core, ENVIRONMENT) as first:
+            first.ask({'do': 'steps', 'count': 1})  # both arms of Fulcrum then load the same program from the compilation cache
+        environments = {'pytorch': {**ENVIRONMENT, **(TUNED if options.tuned else {})}}
+        workers = {n: Worker(command, options.core, environments.get(n, ENVIRONMENT)) for n, command in commands.items()}
         versions = workers['pytorch'].ask({'do': 'versions'})
         print(f'{cpu_name()}, load {os.getloadavg()[0]:.1f}, peer {versions}, {text}', flush=True)
         found = losses({n: workers[n] for n in ('fulcrum', 'pytorch')}, options.seeds, options.steps) if options.seeds else {}

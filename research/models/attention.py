@@ -11,6 +11,7 @@ A *segment* is the number of a document in a packed row; 0 is padding. A query s
 never influences a token. What a padded query gives is finite and has no meaning.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 from flax import linen as nn
 
 from research.core.errors import UsageError
-from research.models import flash
+from research.models import flash, lowering
 from research.models.layers import check_choice, make_norm
 
 IMPLEMENTATIONS = ('auto', 'xla', 'cudnn', 'flash')
@@ -98,20 +99,28 @@ def attend(
     mask = None
     if query_segments is not None and key_segments is not None:
         mask = query_segments[:, None, :, None] == key_segments[:, None, None, :]  # (B, 1, T, S)
+    if chosen == 'cpu':
+        return lowering.attention(query, key, value, _and_causal(mask, query, key) if causal else mask)
     return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal, implementation=chosen)
 
 
-def choose(implementation: str, query: jax.Array, key: jax.Array, masked: bool) -> str:
-    """The implementation to use: 'xla', 'cudnn' or 'flash'; decided while tracing, from the platform and the shapes.
+def _and_causal(mask: jax.Array | None, query: jax.Array, key: jax.Array) -> jax.Array:
+    earlier = jnp.tril(jnp.ones((1, 1, query.shape[1], key.shape[1]), bool))  # (1, 1, T, S)
+    return earlier if mask is None else mask & earlier
 
-    'auto' takes cuDNN's flash attention on a GPU and splash attention on a TPU where they are possible, else XLA.
+
+def choose(implementation: str, query: jax.Array, key: jax.Array, masked: bool) -> str:
+    """The implementation to use: 'xla', 'cpu', 'cudnn' or 'flash'; decided while tracing, from the platform and the shapes.
+
+    'auto' takes cuDNN's flash attention on a GPU and splash attention on a TPU where they are possible; else 'cpu', which is
+    `lowering.attention`, on a CPU, and 'xla' elsewhere.
 
     Raises:
       UsageError: there is no such implementation, or it is impossible here.
     """
     obstacles = {'cudnn': flash.obstacle_to_cudnn(query, key, masked), 'flash': flash.obstacle_to_splash(query, key)}
     if implementation == 'auto':
-        return next((name for name, obstacle in obstacles.items() if obstacle is None), 'xla')
+        return next((name for name, obstacle in obstacles.items() if obstacle is None), 'cpu' if lowering.on_cpu() else 'xla')
     check_choice('attention', implementation, IMPLEMENTATIONS)
     if obstacles.get(implementation) is not None:
         raise UsageError(f'attention={implementation!r} {obstacles[implementation]}', "use attention='auto' or 'xla'")
@@ -149,10 +158,11 @@ class Attention(nn.Module):
         """Projections `query` (D, H, K), `key` and `value` (D, G, K) and `out` (H, K, D)."""
         init, init_out = nn.initializers.normal(self.init_std), nn.initializers.normal(self.out_std)
         query_shape, key_shape = (self.heads, self.head_size), (self.kv_heads, self.head_size)
-        self.query = nn.DenseGeneral(query_shape, use_bias=self.bias, kernel_init=init)
-        self.key = nn.DenseGeneral(key_shape, use_bias=self.bias, kernel_init=init)
-        self.value = nn.DenseGeneral(key_shape, use_bias=self.bias, kernel_init=init)
-        self.out = nn.DenseGeneral(self.width, axis=(-2, -1), use_bias=self.bias, kernel_init=init_out)
+        dense = functools.partial(nn.DenseGeneral, use_bias=self.bias, dot_general=lowering.product)
+        self.query = dense(query_shape, kernel_init=init)
+        self.key = dense(key_shape, kernel_init=init)
+        self.value = dense(key_shape, kernel_init=init)
+        self.out = dense(self.width, axis=(-2, -1), kernel_init=init_out)
         if self.qk_norm:
             self.query_norm, self.key_norm = make_norm('rms', self.norm_eps), make_norm('rms', self.norm_eps)
 

@@ -3,7 +3,7 @@
 Shape letters: B batch, H height, W width, C channels.
 """
 
-import functools
+import math
 from collections.abc import Iterable
 
 import jax
@@ -16,7 +16,7 @@ ACTIVATIONS = {
     'relu': nn.relu,
     'relu2': lambda x: jnp.square(nn.relu(x)),  # So et al., 2021
     'gelu': nn.gelu,  # the tanh approximation, as GPT-2
-    'gelu_exact': functools.partial(nn.gelu, approximate=False),  # with the error function, as BERT
+    'gelu_exact': lambda x: 0.5 * x * (1 + jax.lax.erf(x / math.sqrt(2))),  # as BERT and PyTorch; flax takes the slower erfc
     'silu': nn.silu,
     'tanh': nn.tanh,
 }
@@ -74,6 +74,26 @@ def norm(kind: str, x: jax.Array, train: bool, *, name: str | None = None, scale
     return x
 
 
+class LayerNorm(nn.Module):
+    """Layer normalisation (Ba et al., 2016, equation 4) of x (..., D), with leaves `scale` and `bias` (D,).
+
+    As `nn.LayerNorm(use_fast_variance=False)`, but x less its mean is one value for both the variance and the result, which
+    saves a sum over D and two passes over x in the gradient.
+    """
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param('scale', nn.initializers.ones, x.shape[-1:])
+        bias = self.param('bias', nn.initializers.zeros, x.shape[-1:])
+        x = jnp.asarray(x)
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        centred = wide - wide.mean(-1, keepdims=True)
+        inverse = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.epsilon)  # (..., 1)
+        return (centred * inverse * scale + bias).astype(jnp.promote_types(x.dtype, scale.dtype))
+
+
 def make_norm(kind: str, epsilon: float, name: str | None = None) -> nn.Module:
     """A normalisation of the last axis as a module: 'layer' (Ba et al., 2016) or 'rms' (Zhang and Sennrich, 2019).
 
@@ -81,7 +101,7 @@ def make_norm(kind: str, epsilon: float, name: str | None = None) -> nn.Module:
     """
     check_choice('norm', kind, ('layer', 'rms'))
     if kind == 'layer':
-        return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, name=name)
+        return LayerNorm(epsilon, name=name)
     return nn.RMSNorm(epsilon=epsilon, name=name)
 
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from research.core.errors import UsageError
-from research.models import layers
+from research.models import layers, lowering
 from research.models.attention import IMPLEMENTATIONS, Attention, Rotation, rotation
 
 GATED = {'swiglu': 'silu', 'geglu': 'gelu', 'reglu': 'relu'}  # Shazeer, 2020
@@ -135,7 +135,8 @@ class FeedForward(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         options = self.options
         hidden = 4 * options.width if options.hidden is None else options.hidden
-        dense = functools.partial(nn.Dense, use_bias=options.bias, kernel_init=nn.initializers.normal(options.init_std))
+        init = nn.initializers.normal(options.init_std)
+        dense = functools.partial(nn.Dense, use_bias=options.bias, kernel_init=init, dot_general=lowering.product)
         act = layers.activation(GATED.get(options.activation, options.activation))
         y = dense(hidden, name='up')(x)  # (B, T, F)
         y = act(dense(hidden, name='gate')(x)) * y if options.activation in GATED else act(y)
@@ -177,7 +178,7 @@ class Block(nn.Module):
         return norm(x) if self.options.norm_position == 'pre' else x
 
     def _after(self, x: jax.Array, y: jax.Array, norm: nn.Module, train: bool) -> jax.Array:
-        x = x + self.drop(y, deterministic=not train)
+        x = lowering.materialised(x + self.drop(y, deterministic=not train))
         return norm(x) if self.options.norm_position == 'post' else x
 
     def _attend(self, x: jax.Array, cache: Cache | None, layer: int | jax.Array, context: Context) -> State:

@@ -9,7 +9,7 @@ import jax
 from research.core import files, schema
 from research.core.errors import UsageError
 from research.data.build import build_augmentation, build_splits
-from research.parallel import cache
+from research.parallel import cache, memory
 from research.parallel import mesh as meshes
 from research.train import build
 from research.train.checkpoint import Checkpoints
@@ -37,6 +37,7 @@ def evaluate_run(workdir: pathlib.Path, overrides: list[str], trust: bool = Fals
     Raises:
       UsageError: there is no run, or no checkpoint, in `workdir`; or it names components that are not trusted.
     """
+    memory.keep_freed()
     cache.enable()
     directory, experiment = recorded(workdir, overrides, trust)
     return _evaluate(experiment, directory)

@@ -23,7 +23,7 @@ from research.data.build import build_augmentation, build_splits
 from research.data.pipeline import Prefetcher, make_feed
 from research.data.plan import evaluation_plan_of, plan_of
 from research.data.source import Source, fingerprint
-from research.parallel import cache
+from research.parallel import cache, memory
 from research.parallel import mesh as meshes
 from research.tasks.base import Task
 from research.train import build, flops, start
@@ -59,6 +59,7 @@ def train(
     if (summary := finished(experiment, directory, allow_change)) is not None:
         return summary
     directory.create()
+    memory.keep_freed()
     with StopRequest() as stop, Reporter(experiment.log.plain_every, quiet) as reporter, contextlib.ExitStack() as stack:
         clock = Clock()
         with clock.phase('start'):

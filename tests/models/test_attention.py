@@ -162,9 +162,9 @@ def test_the_module_is_projections_around_the_formula():
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_auto_is_xla_on_a_cpu_and_the_rest_is_refused():
+def test_auto_is_the_lowering_for_a_cpu_and_the_rest_is_refused():
     query, key = jnp.zeros((1, 256, 2, 64), jnp.bfloat16), jnp.zeros((1, 256, 1, 64), jnp.bfloat16)
-    assert choose('auto', query, key, masked=True) == 'xla'
+    assert choose('auto', query, key, masked=True) == 'cpu'
     for name, message in [('cudnn', 'needs a GPU, and jax runs on cpu'), ('flash', 'needs a TPU, and jax runs on cpu')]:
         with pytest.raises(UsageError, match=f"attention='{name}' {message}\n.*use attention='auto' or 'xla'"):
             choose(name, query, key, masked=True)
