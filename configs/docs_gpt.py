@@ -9,7 +9,7 @@ Result: not measured here yet.
 from research.core.schema import default_config
 
 
-def get_config(tokenizer: str = 'byte', steps: int = 200):
+def get_config(tokenizer: str = 'byte', steps: int = 300):
     """The config.
 
     Args:
@@ -34,4 +34,5 @@ def get_config(tokenizer: str = 'byte', steps: int = 200):
     config.optimizer.clip = 'global_norm(max_norm=1.0)'
     config.train.duration = f'{steps} steps'
     config.evaluate.every = '25%'
+    config.evaluate.limit = 512
     return config
