@@ -173,6 +173,15 @@ def test_zero_init_starts_as_the_shortcut_and_still_learns(version):
     assert np.abs(started).max() > 1e-3
 
 
+def test_the_stride_of_a_bottleneck_is_in_its_3x3_convolution():
+    """That is what makes version 1.5 of version 1."""
+    module = ResNet(10, stages=(1, 1), block='bottleneck', stem='cifar', width=4)
+    capture = functools.partial(module.apply, capture_intermediates=True, mutable=['intermediates'])
+    _, seen = jax.eval_shape(capture, shapes(module, (1, 8, 8, 3)), jnp.ones((1, 8, 8, 3)))
+    block = seen['intermediates']['stage_1_block_0']
+    assert [block[f'conv_{i}']['__call__'][0].shape for i in (1, 2, 3)] == [(1, 8, 8, 8), (1, 4, 4, 8), (1, 4, 4, 32)]
+
+
 def test_wide_networks_widen_their_stages_but_not_their_stem():
     params = shapes(resnet.WideResNet16x4(10), (1, 32, 32, 3))['params']
     assert params['stem']['kernel'].shape == (3, 3, 3, 16)

@@ -282,7 +282,8 @@ def test_the_evaluator_reports_bleu_of_the_generated_texts(mesh):
     assert evaluator.names(there, placed[0]) == ['loss', 'bleu', 'perplexity']
     found = evaluator(there, lambda index: placed[index], 2)['bleu']
     generate = jax.jit(task.generate)
-    hypotheses = [LETTERS.decode(row) for batch in batches for row in np.asarray(generate(learnt()[1], batch))]
+    generated = [row for batch in batches for row in np.asarray(generate(learnt()[1], batch))]
+    hypotheses = [LETTERS.decode(row[row != NOTHING]) for row in generated]
     references = [LETTERS.decode(row) for batch in batches for row in batch['target']]
     want = sacrebleu.corpus_bleu(hypotheses, [references], tokenize='char').score
     assert found == pytest.approx(want) and 30 < want < 95

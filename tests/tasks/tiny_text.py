@@ -25,6 +25,7 @@ class Letters:
         return [np.int32(['abcdefg'.index(letter) + 4 for letter in text]) for text in texts]
 
     def decode(self, ids):
+        assert all(0 <= i < V for i in ids), ids  # as the library tokenizers, which take no other numbers
         return ''.join('abcdefg'[i - 4] for i in ids if i >= 4)
 
     def save(self, folder):
