@@ -3,7 +3,9 @@
     python launch.py --config=configs/digits_lstm.py
     python launch.py --config=configs/digits_lstm.py:dropout=plain
 
-Result: not measured here yet.
+Test accuracy, n = 5 seeds, 353 digits: variational 98.92 % with standard deviation 0.24, plain 98.75 % (0.32), none 97.62 %
+(0.32). Both kinds of dropout help against none; between the two these seeds do not decide. `python -m bench.accuracy
+--config=configs/digits_lstm.py --seeds=5`, with `:dropout=plain` and `:dropout=none`; conditions in BENCHMARKS.md.
 """
 
 from research.core.schema import default_config

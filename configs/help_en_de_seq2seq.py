@@ -4,7 +4,8 @@
     python launch.py --config=configs/help_en_de_seq2seq.py
 
 The help repeats itself: equal sentences never lie on both sides of a split, but similar ones do, so BLEU here says nothing of
-free text. Targets longer than 64 tokens are cut in training and in the references.
+free text. Targets longer than 64 tokens (6.5 % of them) are cut in training and
+in the references.
 
 Result: not measured here yet.
 """
@@ -12,12 +13,12 @@ Result: not measured here yet.
 from research.core.schema import default_config
 
 
-def get_config(vocabulary: int = 4096, epochs: int = 8):
+def get_config(vocabulary: int = 4096, epochs: int = 6):
     """The config.
 
     Args:
       vocabulary: byte-level BPE tokens, one vocabulary for both languages.
-      epochs: passes over about 32,000 pairs.
+      epochs: passes over 34,505 pairs.
     """
     config = default_config()
     config.data.source = 'help_en_de'
@@ -38,4 +39,5 @@ def get_config(vocabulary: int = 4096, epochs: int = 8):
     config.optimizer.clip = 'global_norm(max_norm=1.0)'
     config.train.duration = f'{epochs} epochs'
     config.evaluate.every = '25%'
+    config.evaluate.limit = 256
     return config

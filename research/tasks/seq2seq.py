@@ -35,7 +35,7 @@ class Seq2Seq(TokenTask):
       label_smoothing: see `TokenTask`; 0.1 in Vaswani et al. 2017, section 5.4.
       beams: hypotheses that the beam search keeps, >= 1; 1 is greedy (4 in Vaswani et al. 2017, section 6.1).
       length_penalty: see `decoding.beam_search` (0.6 there).
-      max_length: L, the most tokens to generate; None: T.
+      max_length: L, the most tokens to generate; None: T of the longest targets.
       bleu_words: how sacrebleu splits text into words, see `bleu.Bleu`; 'zh' for Chinese.
       metrics: names of metrics: 'perplexity', 'accuracy', 'bits_per_byte', 'bleu'.
 
@@ -102,7 +102,8 @@ class Seq2Seq(TokenTask):
         """The best hypothesis for each source, (B, L) int32, without its ending token; `NOTHING` behind the last token."""
         arguments, ready = self.arguments(batch), self.ready_variables(variables)
         first = arguments['targets'][:, 0]
-        length = batch[self.target].shape[1] - 1 if self.max_length is None else self.max_length
+        # Not the batch's own length: in padding buckets it would tell how long the reference is.
+        length = self.data.examples[self.target][0][0] - 1 if self.max_length is None else self.max_length
         (end,) = ending(self.tokenizer)
         module: Any = self.module
         cache = module.init_cache(len(first), length, self.dtype)

@@ -289,6 +289,16 @@ def test_the_evaluator_reports_bleu_of_the_generated_texts(mesh):
     assert found == pytest.approx(want) and 30 < want < 95
 
 
+def test_what_is_generated_does_not_depend_on_the_bucket():
+    """A batch as short as its references must not end a hypothesis there: BLEU's brevity penalty would never apply."""
+    task, batch = seq2seq(metrics=('bleu',)), successors(12, 16)
+    first = {'target': 3, 'target_segment': 3}  # bos and two tokens
+    narrow = {key: column[:, : first[key]] if key in first else column for key, column in batch.items()}
+    wide, short = (np.asarray(jax.jit(task.generate)(learnt()[0], given)) for given in (batch, narrow))
+    np.testing.assert_array_equal(short, wide)
+    assert (wide != NOTHING).sum(1).max() > 2
+
+
 def test_without_sacrebleu_a_run_is_refused_at_its_start(monkeypatch):
     monkeypatch.setitem(sys.modules, 'sacrebleu', None)
     metric = seq2seq(metrics=('bleu',)).metrics['bleu']
