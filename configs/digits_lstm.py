@@ -8,7 +8,7 @@ Test accuracy, n = 5 seeds, 353 digits: variational 98.92 % with standard deviat
 --config=configs/digits_lstm.py --seeds=5`, with `:dropout=plain` and `:dropout=none`; conditions in BENCHMARKS.md.
 """
 
-from research.core.schema import default_config
+from research.core.schema import choose, default_config
 
 RATES = {
     'variational': 'input_dropout=0.1, recurrent_dropout=0.3, output_dropout=0.3, variational=True',
@@ -19,10 +19,10 @@ RATES = {
 
 def get_config(dropout: str = 'variational', epochs: int = 60):
     """The config; `dropout`: 'variational', 'plain' or 'none'; `epochs`: passes over the 1,276 training digits."""
-    config = default_config()
+    config, rates = default_config(), choose('dropout', dropout, RATES)
     config.data.source = 'digits'
     config.data.batch_size = 64
-    config.model = f'rnn(cell="lstm", hidden=(128,), pooling="last", {RATES[dropout]})'
+    config.model = f'rnn(cell="lstm", hidden=(128,), pooling="last", {rates})'
     config.optimizer.learning_rate = 3e-3
     config.optimizer.schedule = {'name': 'cosine', 'warmup': '5%'}
     config.optimizer.clip = 'global_norm(max_norm=1.0)'

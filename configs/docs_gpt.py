@@ -7,7 +7,9 @@ Test perplexity of a byte 8.77 with standard deviation 0.17, 3.134 bits per byte
 --config=configs/docs_gpt.py --seeds=5`; conditions in BENCHMARKS.md. DOCS_BPE
 """
 
-from research.core.schema import default_config
+from research.core.schema import choose, default_config
+
+TOKENIZERS = {'byte': 'byte', 'bpe': 'bpe(vocabulary_size=2048)'}
 
 
 def get_config(tokenizer: str = 'byte', steps: int = 300):
@@ -19,7 +21,7 @@ def get_config(tokenizer: str = 'byte', steps: int = 300):
     """
     config = default_config()
     config.data.source = 'python_docs'
-    config.data.tokenizer = {'byte': 'byte', 'bpe': 'bpe(vocabulary_size=2048)'}[tokenizer]
+    config.data.tokenizer = choose('tokenizer', tokenizer, TOKENIZERS)
     config.data.transforms = ['windows(length=128)']
     config.data.test = 0.1
     config.data.batch_size = 16

@@ -11,7 +11,7 @@ at precision 0.90 0.9986, at 0.99 0.9972. scikit-learn on the same splits (`pyth
 is better. model=mlp and smaller budgets are not measured here.
 """
 
-from research.core.schema import default_config
+from research.core.schema import choose, default_config
 
 MODELS = {
     'ft_transformer': 'ft_transformer(depth=2, width=32, heads=4, hidden=64, dropout=0.0)',
@@ -33,7 +33,7 @@ def get_config(model: str = 'ft_transformer', epochs: int = 10):
     config.data.batch_size = 256
     config.data.evaluation_batch_size = 4096
     config.data.placement = 'device'
-    config.model = MODELS[model]
+    config.model = choose('model', model, MODELS)
     config.task = {'name': 'classify', 'inputs': 'numeric', 'metrics': METRICS}
     config.optimizer.name = 'adamw'
     config.optimizer.learning_rate = 2e-3

@@ -32,6 +32,11 @@ MISTAKES = {
         "the config file takes no argument 'epoch=3'",
         'write NAME.py:argument=value; known: epochs=',
     ),
+    'unknown value of a config argument': (
+        ['--config=configs/docs_gpt.py:tokenizer=bytes'],
+        "the config's argument tokenizer='bytes' is unknown",
+        "did you mean 'byte'?",
+    ),
     'misspelt key': ([DIGITS, '--config.sed=3'], 'config.sed does not exist', "did you mean 'seed'?"),
     'misspelt key two levels down': (
         [DIGITS, '--config.train.early_stop.patence=3'],

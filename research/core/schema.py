@@ -14,13 +14,14 @@ An *open* section is a component: `name` plus the component's own keyword argume
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from research.core import durations, fields
 from research.core.durations import Duration
-from research.core.errors import UsageError
+from research.core.errors import UsageError, nearest
 from research.core.fields import value
 from research.core.registry import Component
 
@@ -233,6 +234,13 @@ def default_config() -> Any:
     for section in (config.data.source, config.model, config.task, config.optimizer, config.optimizer.schedule):
         section.unlock()  # open: it takes its component's arguments
     return config
+
+
+def choose(argument: str, value: str, choices: Mapping[str, Any]) -> Any:
+    """What `choices` have for an argument of a config file; refuses other values with the nearest one."""
+    if value not in choices:
+        raise UsageError(f"the config's argument {argument}={value!r} is unknown", nearest(value, choices))
+    return choices[value]
 
 
 def resolve(config: Any) -> Experiment:

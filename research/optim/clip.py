@@ -6,6 +6,8 @@ A gradient with leaf norms 3 and 4 has the global norm 5. `global_norm(max_norm=
 `block_norm(max_norm=1)` brings each leaf to norm 1. A gradient within the limit comes back bit for bit.
 """
 
+import re
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -20,11 +22,20 @@ def global_norm(*, max_norm: float = 1.0) -> optax.GradientTransformation:
 
 
 def block_norm(*, max_norm: float = 1.0) -> optax.GradientTransformation:
-    """Scales each leaf by itself to an L2 norm of at most `max_norm` (`optax.clip_by_block_rms` bounds the RMS instead)."""
+    """Scales each leaf by itself, of stacked layers each layer, to an L2 norm of at most `max_norm`.
+
+    `optax.clip_by_block_rms` bounds the RMS instead.
+    """
     _positive('block_norm', 'max_norm', max_norm)
-    return optax.stateless(
-        lambda updates, params: jax.tree.map(lambda g: _shrink(g, _norm(g, None), jnp.float32(max_norm)), updates)
-    )
+
+    def clip(path: tuple, gradient: jax.Array) -> jax.Array:
+        return _shrink(gradient, _norm(gradient, _whole(path, gradient.ndim)), jnp.float32(max_norm))
+
+    return optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(clip, updates))
+
+
+# Kernels of rank 3 that sum over their first axis alone: attention's projections, and the gates of recurrent layers.
+MANY_OUTPUTS = re.compile(r'(^|/)((query|key|value)/\w*kernel|recurrent_kernel|layers_\d+_(forward|backward)/input/\w*kernel)$')
 
 
 def value(*, limit: float = 1.0) -> optax.GradientTransformation:
@@ -44,7 +55,7 @@ def adaptive(*, clipping: float = 0.01, epsilon: float = 1e-3) -> optax.Gradient
     _positive('adaptive', 'epsilon', epsilon)
 
     def clip(path: tuple, gradient: jax.Array, parameter: jax.Array) -> jax.Array:
-        axes = fan_in_axes(leaves.name(path), gradient.ndim)
+        axes = fan_in_axes(leaves.name(path), gradient.ndim) or _whole(path, gradient.ndim)
         limit = clipping * jnp.maximum(_norm(parameter, axes), epsilon)
         return _shrink(gradient, _norm(gradient, axes), limit)
 
@@ -56,16 +67,22 @@ def fan_in_axes(name: str, rank: int) -> tuple[int, ...] | None:
 
     A kernel is a leaf of rank >= 2 whose name ends in 'kernel' (attention biases (H, K) and class tokens (1, 1, D) are none).
     Dense (I, O), convolutions (..., I, O) and attention's output (H, K, D) sum over all axes but the last; attention's `query`,
-    `key` and `value` kernels (D, H, K) have H * K outputs and sum over D alone, which only the name can tell.
+    `key` and `value` kernels (D, H, K) have H * K outputs and sum over D alone, as do those of recurrent gates (D, G, H) and
+    (H, G, H), which only the name can tell. In a leaf of stacked layers (L, ...) the first axis is no part of any kernel.
     """
-    if rank < 2 or not name.endswith('kernel'):
+    first = int(leaves.is_stacked(name))
+    if rank - first < 2 or not name.endswith('kernel'):
         return None
-    if rank == 3 and name.rpartition('/')[0].rpartition('/')[2] in ('query', 'key', 'value'):
-        return (0,)
-    return tuple(range(rank - 1))
+    count = 1 if rank - first == 3 and MANY_OUTPUTS.search(name) else rank - first - 1
+    return tuple(range(first, first + count))
 
 
-def _norm(x: jax.Array, axes: tuple[int, ...] | None) -> jax.Array:
+def _whole(path: tuple, rank: int) -> tuple[int, ...]:
+    """The axes of a whole leaf; of one of stacked layers, those of a layer."""
+    return tuple(range(int(leaves.is_stacked(leaves.name(path))), rank))
+
+
+def _norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """The L2 norm over `axes`, kept with size 1 so that it broadcasts; float32."""
     return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=axes, keepdims=True))
 

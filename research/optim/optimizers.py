@@ -10,6 +10,7 @@ Adam's first direction for a gradient of 0.5 is 0.5 / (sqrt(0.25) + 1e-8) = 1; w
 is 1.2.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -125,7 +126,7 @@ def muon(
 
     A kernel is seen as a matrix (I, O) by `clip.fan_in_axes`: a convolution (h, w, in, out) as (h * w * in, out), as airbench
     does. Embeddings and the output layer belong to Adam (Jordan: Muon hurts them); the first layer is Muon's unless its name is
-    given. Kernels stacked by `nn.scan` or by experts are not recognised as several matrices: name them for Adam.
+    given. Layers stacked by `nn.scan` are matrices of their own; other stacks, such as experts', are not: name them for Adam.
 
     Args:
       decay: the decoupled weight decay.
@@ -163,7 +164,7 @@ def _dimensions(kernels: Any) -> Any:
 
     def split(path: tuple, kernel: jax.Array) -> optax.contrib.MuonDimensionNumbers:
         rows = fan_in_axes(leaves.name(path), kernel.ndim) or ()
-        return optax.contrib.MuonDimensionNumbers(rows, tuple(sorted(set(range(kernel.ndim)) - set(rows))))
+        return optax.contrib.MuonDimensionNumbers(rows, tuple(range(rows[-1] + 1, kernel.ndim)))
 
     return jax.tree_util.tree_map_with_path(split, kernels)
 
@@ -172,10 +173,8 @@ def _scale_matrices(updates: Any, rms: float | None) -> Any:
     """Orthogonal updates scaled by their matrix's shape: an orthogonal (I, O) matrix has the RMS 1 / sqrt(max(I, O))."""
 
     def scaled(path: tuple, update: jax.Array) -> jax.Array:
-        rows = 1
-        for axis in fan_in_axes(leaves.name(path), update.ndim) or ():
-            rows *= update.shape[axis]
-        columns = update.size // rows
+        axes = fan_in_axes(leaves.name(path), update.ndim) or ()
+        rows, columns = math.prod(update.shape[a] for a in axes), math.prod(update.shape[axes[-1] + 1 :])
         return update * (max(1.0, columns / rows) ** 0.5 if rms is None else rms * max(rows, columns) ** 0.5)
 
     return jax.tree_util.tree_map_with_path(scaled, updates)

@@ -178,7 +178,7 @@ def matrix(name: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[in
     """
     first = int(leaves.is_stacked(name))
     layers, axes = shape[:first], shape[first:]
-    cut = len(fan_in_axes(name, len(axes)) or axes[:-1])
+    cut = len(fan_in_axes(name, len(shape)) or axes[:-1])
     return layers, axes[:cut], axes[cut:]
 
 

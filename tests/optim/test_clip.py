@@ -75,6 +75,12 @@ UNITS = [
     ('convolution/kernel', (3, 3, 4, 6), (0, 1, 2)),
     ('pointwise/kernel', (1, 1, 1, 6), (0, 1, 2)),
     ('convolution/kernel', (2, 3, 3, 4, 6), (0, 1, 2, 3)),
+    ('stack/layers_0_forward/recurrent_kernel', (3, 4, 3), (0,)),
+    ('stack/layers_0_backward/input/kernel', (5, 4, 3), (0,)),
+    ('stack/layers/up/kernel', (2, 4, 6), (1,)),  # two layers
+    ('stack/layers/attention/query/kernel', (2, 4, 2, 3), (1,)),
+    ('stack/layers/attention/out/kernel', (2, 2, 3, 4), (1, 2)),
+    ('stack/layers/up/bias', (2, 6), (1,)),
 ]
 
 

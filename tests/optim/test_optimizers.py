@@ -197,6 +197,20 @@ def test_muon_matrices_of_rank_three(name, shape, rows, columns):
     np.testing.assert_allclose(matrix, expected * max(1, matrix.shape[1] / matrix.shape[0]) ** 0.5, atol=2e-5)
 
 
+def test_muon_sees_stacked_layers_one_by_one():
+    """The leaves of `nn.scan` are updated as those of the same layers side by side."""
+    draw = np.random.default_rng(2)
+    one = {'up/kernel': (6, 8), 'attention/query/kernel': (6, 2, 3), 'attention/out/kernel': (2, 3, 6)}
+    apart = {f'layers_{i}/{name}': draw.normal(size=shape).astype(np.float32) for i in (0, 1) for name, shape in one.items()}
+    stacked = {f'layers/{name}': np.stack([apart[f'layers_{i}/{name}'] for i in (0, 1)]) for name in one}
+    for rms in (None, 0.2):
+        muon = optimizers.muon(optax.identity(), rms=rms)
+        expected, found = (jax.jit(muon.update)(tree, muon.init(tree), tree)[0] for tree in (apart, stacked))
+        for name in one:
+            both = np.stack([expected[f'layers_{i}/{name}'] for i in (0, 1)])
+            np.testing.assert_allclose(found[f'layers/{name}'], both, atol=1e-5)
+
+
 def test_muon_keeps_one_moment_for_kernels_and_two_for_the_rest():
     params = {'conv/kernel': np.zeros((3, 3, 4, 8)), 'query/bias': np.zeros((2, 3)), 'cls': np.zeros((1, 1, 7))}
     state = jax.eval_shape(optimizers.muon(optax.identity()).init, params)
