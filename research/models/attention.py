@@ -58,9 +58,9 @@ def rotation(positions: jax.Array, size: int, theta: float = 10000.0, scaling: t
 
 
 def rotate(x: jax.Array, by: Rotation) -> jax.Array:
-    """Turns the pairs (i, i + K/2) of x (B, T, H, K) by the angles, in float32: the half-split convention of Hugging Face."""
+    """Turns the pairs (i, i + K/2) of x (B, T, H, K) by the angles, in float32 or wider: Hugging Face's half-split form."""
     cosine, sine = (part[:, :, None] for part in by)  # (B, T, 1, K/2)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    first, second = jnp.split(x.astype(jnp.promote_types(x.dtype, jnp.float32)), 2, axis=-1)
     return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1).astype(x.dtype)
 
 

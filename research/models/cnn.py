@@ -16,6 +16,14 @@ from flax import linen as nn
 from research.core.errors import UsageError
 from research.models import layers
 
+# Tensor parallelism over output channels and hidden units.
+PARTITION_RULES = (
+    ('.*Conv_[0-9]+/kernel', (None, None, None, 'model')),
+    ('.*Dense_[0-9]+/kernel', (None, 'model')),
+    ('.*(Conv|Dense)_[0-9]+/bias', ('model',)),
+    ('.*', ()),
+)
+
 
 class CNN(nn.Module):
     """Convolutions with normalisation, activation and max pooling, then dense layers with dropout.

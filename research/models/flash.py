@@ -53,7 +53,7 @@ def splash(
     """Splash attention; the arguments and the result of `attention.attend`. `interpret`: simulate the kernel on a CPU.
 
     XLA cannot cut a kernel up by itself. Under `jax.set_mesh` it is therefore mapped over the mesh: the batch over the axis
-    'data', the heads over the axis 'model', as far as there are such axes.
+    'data', the heads over the axis 'model', as far as there are such axes and they divide the heads.
     """
     call = functools.partial(_splash, causal=causal, interpret=interpret)
     mesh = jax.sharding.get_abstract_mesh()
@@ -61,6 +61,8 @@ def splash(
     if not free:
         return call(query, key, value, query_segments, key_segments)
     data, model = ('data' if 'data' in free else None), ('model' if 'model' in free else None)
+    if model and (query.shape[2] % mesh.shape[model] or key.shape[2] % mesh.shape[model]):
+        model = None  # as for the weights: what the axis does not divide is whole on each of its devices
     heads, rows = PartitionSpec(data, None, model, None), PartitionSpec(data, None)
     specs = (heads, heads, heads, rows, rows)
     mapped = jax.shard_map(call, in_specs=specs, out_specs=heads, axis_names=set(free), check_vma=False)

@@ -10,8 +10,9 @@ Shape letters: B batch, F columns of numbers, G columns of categories, D model, 
     FTTransformer(width=32, hidden=64)    3        32    8       64       32,994
 
 Gorishniy et al. 2021, "Revisiting deep learning models for tabular data" (arXiv:2106.11959), section 3.3, sizes from its table
-of default configurations. Three things differ: a missing number has a learned vector of its own for each column; the dropout is
-that of `Stack` (after attention and feed-forward, not on attention weights and hidden units); and the first block has a norm.
+of default configurations. What differs: a missing number has a learned vector of its own for each column; dropout and fresh
+kernels are those of `Stack` (dropout after attention and feed-forward, not on attention weights and hidden units; standard
+deviation 0.02); the gate is GELU's (`activation='reglu'` is the paper's); and the first block has a norm.
 """
 
 import jax

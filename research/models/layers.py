@@ -97,7 +97,8 @@ class LayerNorm(nn.Module):
 def make_norm(kind: str, epsilon: float, name: str | None = None) -> nn.Module:
     """A normalisation of the last axis as a module: 'layer' (Ba et al., 2016) or 'rms' (Zhang and Sennrich, 2019).
 
-    The statistics are float32, the variance the mean of squared differences; the result has the type of the input.
+    The statistics are float32 at least, the variance the mean of squared differences; the result has the wider of the types of
+    input and scale.
     """
     check_choice('norm', kind, ('layer', 'rms'))
     if kind == 'layer':

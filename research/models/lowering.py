@@ -1,4 +1,5 @@
-"""How products and sums are written for XLA's CPU compiler: the one place of the models that chooses by platform.
+"""How products and sums are written for XLA's CPU compiler. Only here and in flash.py does a model choose by platform: by that
+where it is traced.
 
 Shape letters: B batch, T queries, S keys, H query heads, G key and value heads, K head size.
 
@@ -44,7 +45,7 @@ def product(lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any, *args: Any, 
     """`jax.lax.dot_general`, as one product of two matrices where the last axes of `lhs` meet the first of `rhs`.
 
     The gradients are then such products too, over one axis, which need no copies. That of `rhs` (K, N) is taken transposed
-    where K > N, from a transposed copy of `rhs`.
+    where K > N, from a transposed copy of `rhs`, which pays off for K rows or more (not in decoding, which has one).
     """
     (contract_lhs, contract_rhs), batch = dimension_numbers
     count = len(contract_lhs)
@@ -54,7 +55,9 @@ def product(lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any, *args: Any, 
     rows, columns = lhs.shape[: lhs.ndim - count], rhs.shape[count:]
     inner = math.prod(rhs.shape[:count])
     lhs, rhs = lhs.reshape(math.prod(rows), inner), rhs.reshape(inner, math.prod(columns))
-    if inner > rhs.shape[1]:  # around the transposition, so that its gradient is not fused into every step of the optimiser
+    if (
+        inner > rhs.shape[1] and lhs.shape[0] >= inner
+    ):  # around the transposition, so that its gradient is not fused into every step of the optimiser
         found = jax.lax.dot_general(lhs, materialised(materialised(rhs).T), (((1,), (1,)), ((), ())), *args, **options)
     else:
         found = jax.lax.dot_general(lhs, rhs, (((1,), (0,)), ((), ())), *args, **options)

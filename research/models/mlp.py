@@ -12,6 +12,9 @@ from flax import linen as nn
 from research.models import layers
 from research.models.columns import CategoryTokens, check_columns, filled
 
+# Tensor parallelism over hidden units.
+PARTITION_RULES = (('.*Dense_[0-9]+/kernel', (None, 'model')), ('.*Dense_[0-9]+/bias', ('model',)), ('.*', ()))
+
 
 class MLP(nn.Module):
     """Dense layers with activation and dropout.

@@ -69,6 +69,11 @@ class RNN(nn.Module):
     embedding: int | None = None
     pooling: str = 'last'
 
+    @property
+    def is_causal(self) -> bool:
+        """Whether an output depends on nothing behind its own step."""
+        return not self.bidirectional
+
     def setup(self):
         self._check()
         if self.vocabulary_size:

@@ -134,6 +134,11 @@ class Encoder(Transformer):
     embed_norm: bool = False
     mask_head: bool = False
 
+    @property
+    def is_causal(self) -> bool:
+        """A token sees those behind it."""
+        return False
+
     def setup(self):
         """Embedding, positions, blocks, pooler and head."""
         self._check()

@@ -138,8 +138,11 @@ class ModuleTask:
         return cast(outputs, jnp.float32), {**state, **changed}
 
     def ready_variables(self, variables: Variables) -> Variables:
-        """`variables` as the module computes with them: parameters in `dtype`."""
-        return {**variables, 'params': cast(variables['params'], self.dtype)}
+        """`variables` as the module computes with them: parameters in `dtype`, but single numbers as they are.
+
+        They cost nothing, and a logit scale near 100 would move in steps of 1 in bfloat16.
+        """
+        return {**variables, 'params': jax.tree.map(lambda x: cast(x, self.dtype) if x.ndim else x, variables['params'])}
 
 
 def make_module(model: Callable[..., nn.Module], data: DataSpec, num_outputs: int) -> nn.Module:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from research.core.errors import UsageError
 from research.tasks.base import EXTRAS, Batch
 from research.tasks.states import Metric
 from research.tasks.tokens import TokenTask, true_places
@@ -30,10 +31,21 @@ class Language(TokenTask):
     Attributes:
       inputs: the key of the batch that holds the rows of T + 1 tokens.
       metrics: names of metrics: 'perplexity', 'bits_per_byte', 'accuracy'.
+
+    Raises:
+      UsageError: the model says by `is_causal` that it sees later tokens; of a model without that property nothing is known.
     """
 
     inputs: str = 'tokens'
     metrics: tuple[str, ...] | dict[str, Metric] = ('perplexity', 'bits_per_byte')
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not getattr(self.module, 'is_causal', True):
+            raise UsageError(
+                f'model {type(self.module).__name__} as configured sees the tokens that task language has it predict',
+                "take a causal model: 'decoder', or 'rnn' with bidirectional=False; for both sides task 'masked'",
+            )
 
     def arguments(self, batch: Batch) -> dict[str, Any]:
         """The first T tokens of each row, their segments and their positions."""

@@ -35,8 +35,8 @@ from research.tasks.base import Batch, Keys, Task, Variables
 from research.tasks.states import Metric
 
 FATES = ('lora', 'train', 'freeze')
-# Attention's query and value kernels, as in the paper (section 4.2); the head, which is new as a rule.
-LORA_RULES: Rules = (('.*(query|value)/kernel', 'lora'), ('(.*/)?head/.*', 'train'), ('.*', 'freeze'))
+# Attention's query and value kernels, as in the paper (section 4.2); head and pooler, which are new as a rule.
+LORA_RULES: Rules = (('.*(query|value)/kernel', 'lora'), ('(.*/)?(head|pooler)/.*', 'train'), ('.*', 'freeze'))
 
 
 def lora(

@@ -31,7 +31,7 @@ from research.train.adapters import factor_names
 
 LAYER = re.compile(r'(.*/|)layers_(\d+)/(.*)')
 STACK = re.compile(r'(.*/|)layers/(.*)')
-POSITIONS = re.compile(r'(.*/|)position/embedding')
+POSITIONS = re.compile(r'(.*/|)(?:target_)?position/embedding')
 EVERYTHING: Rules = (('.*', True),)
 Weights = dict[str, Any]  # arrays by leaf name; leaves of collections other than 'params' as 'batch_stats/...'
 
@@ -114,7 +114,10 @@ def load_into(target: Any, weights: Mapping[str, Any], rules: Rules, resize: boo
 
 
 def relaid(weights: Mapping[str, Any], names: Mapping[str, Any]) -> Weights:
-    """`weights` with their layers by name or stacked, whichever `names` has under the same path."""
+    """`weights` with their layers by name or stacked, whichever `names` has under the same path.
+
+    Layers that are not 0, 1, ... without a gap, or differ in shape, cannot be stacked and keep their names, to be reported.
+    """
     stacks = {match[1] for name in names if (match := STACK.fullmatch(name))}
     singles = {match[1] for name in names if (match := LAYER.fullmatch(name))}
     result: Weights = {}
@@ -127,7 +130,11 @@ def relaid(weights: Mapping[str, Any], names: Mapping[str, Any]) -> Weights:
             result |= {f'{stack[1]}layers_{i}/{stack[2]}': row for i, row in enumerate(array)}
         else:
             result[name] = array
-    return result | {name: np.stack([layers[i] for i in sorted(layers)]) for name, layers in rows.items()}
+    for name, layers in rows.items():
+        whole = sorted(layers) == list(range(len(layers))) and len({array.shape for array in layers.values()}) == 1
+        apart = {name.replace('layers/', f'layers_{i}/', 1): array for i, array in layers.items()}
+        result |= {name: np.stack([layers[i] for i in sorted(layers)])} if whole else apart
+    return result
 
 
 def fit_positions(name: str, table: Any, shape: tuple[int, ...], names: Mapping[str, Any]) -> np.ndarray | None:

@@ -49,6 +49,14 @@ def test_a_product_and_its_gradients_are_those_of_dot_general(left, right, contr
     )
 
 
+def test_a_few_rows_are_not_worth_a_transposed_copy():
+    """One token of a text that is decoded, against a whole batch in training."""
+    kernel = arrays((64, 16))[0]
+    few, many = (program(lambda x: lowering.product(x, kernel, (((1,), (0,)), ((), ()))), x) for x in arrays((1, 64), (64, 64)))
+    assert ' call(' not in few
+    assert ' call(' in many
+
+
 @pytest.mark.parametrize('groups', [4, 2, 1])
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_attention_and_its_gradients_are_those_of_jax(groups, dtype):

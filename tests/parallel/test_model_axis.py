@@ -1,13 +1,18 @@
 """Tensor parallelism and sharded states: where the arrays lie, and that it changes no number."""
 
+import importlib
+import inspect
+import sys
+
 import jax
 import numpy as np
 import pytest
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
-from research.core import leaves
+from research.core import leaves, registry
 from research.core.errors import UsageError
+from research.core.tables import TABLES
 from research.data.build import build_splits
 from research.models.presets import GPT2Small
 from research.parallel import mesh as meshes
@@ -61,6 +66,14 @@ def test_rules_are_those_beside_the_class_or_its_base():
     plain = type('Plain', (nn.Module,), {'__module__': 'a_module_without_rules'})
     with pytest.raises(UsageError, match='model Plain has none'):
         rules.own_rules(plain())
+
+
+def test_every_model_of_the_table_has_rules():
+    for name in TABLES['model']:
+        module, thing = registry.address('model', name).split(':')
+        model = getattr(importlib.import_module(module), thing)
+        if inspect.isclass(model):  # `pretrained` is a function that gives one of the others
+            assert any(hasattr(sys.modules[cls.__module__], 'PARTITION_RULES') for cls in model.__mro__), name
 
 
 def test_own_rules_fit_every_size_and_every_optimiser():

@@ -14,7 +14,7 @@ from research.models.transformer import Decoder
 from research.tasks import decoding
 
 # Tests compile much and compute little: the compiler need not optimise.
-OPTIONS = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True, 'xla_cpu_use_fusion_emitters': False}
+OPTIONS = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
 jit = functools.partial(jax.jit, compiler_options=OPTIONS)
 EOS = 1
 

@@ -16,6 +16,8 @@ from jax.extend import core as jax_core
 from research.core import registry, terms
 from research.core.errors import UsageError
 from research.data.source import DataSpec
+from research.models.rnn import RNN
+from research.models.transformer import Decoder, Encoder
 from research.parallel.mesh import batch_sharding, replicated
 from research.tasks.chunked import in_chunks, score
 from research.tasks.language import Language
@@ -229,6 +231,20 @@ def test_the_evaluator_scores_once(mesh):
     found = evaluator(variables, lambda _: batch, 1)
     assert found['perplexity'] == pytest.approx(math.exp(found['loss']), rel=1e-6)
     assert evaluator.names(variables, batch) == ['loss', 'perplexity', 'bits_per_byte']
+
+
+def test_models_that_see_what_they_are_to_predict_are_refused():
+    both = functools.partial(RNN, hidden=(4,), pooling='none', bidirectional=True)
+    for model in (both, functools.partial(Encoder, depth=1, width=8, heads=2)):
+        with pytest.raises(UsageError, match=r"sees the tokens that task language has it predict\n  fix: .*'masked'"):
+            make(model, SPEC)
+    for model in (functools.partial(both, bidirectional=False), functools.partial(Decoder, depth=1, width=8, heads=2)):
+        task = make(model, SPEC)
+        variables = jax.jit(task.init)(jax.random.key(0), rows(0, 2, 6))
+        batch = rows(1, 2, 6)
+        later = {**batch, 'tokens': np.where(np.arange(6) >= 4, 5, batch['tokens'])}
+        before, after = (jax.jit(task.predict)(variables, given)['nats'][:, :3] for given in (batch, later))
+        np.testing.assert_array_equal(before, after)
 
 
 def test_padding_changes_nothing():

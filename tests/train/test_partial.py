@@ -83,6 +83,25 @@ def test_layers_by_name_and_stacked_layers_are_the_same():
     assert len(load_into(fewer, stacked, EVERYTHING)[1].unexpected) == 10
 
 
+def test_layers_with_a_gap_or_of_two_shapes_are_reported_and_not_renumbered():
+    target = {'stack/layers/up/kernel': np.zeros((2, 2, 3))}
+    gap = {f'stack/layers_{i}/up/kernel': np.ones((2, 3)) for i in (1, 3)}
+    two_shapes = {f'stack/layers_{i}/up/kernel': np.ones((2, 3 + i)) for i in (0, 1)}
+    for weights in (gap, two_shapes):
+        _, report = load_into(target, weights, EVERYTHING)
+        assert report.missing == ('stack/layers/up/kernel',)
+        assert report.unexpected == tuple(weights)
+        assert not report.loaded
+
+
+def test_positions_of_targets_are_resized_too():
+    target = {'position/embedding': np.zeros((6, 2)), 'target_position/embedding': np.zeros((6, 2))}
+    found, report = load_into(target, {name: np.arange(8.0).reshape(4, 2) for name in target}, EVERYTHING)
+    report.check('these', 'those')
+    assert len(report.resized) == 2
+    np.testing.assert_array_equal(found['target_position/embedding'][:4], np.arange(8.0).reshape(4, 2))
+
+
 def test_positions_of_text_are_cut_or_repeated():
     table = {'position/embedding': NORMAL(size=(4, 2)).astype(np.float32)}
     rows = table['position/embedding']
