@@ -146,6 +146,14 @@ class BucketPlan:
         """How many batches each bucket gives before `epoch`, (K,)."""
         return np.array([epoch * count // self.batch_size for count in self.counts], np.int64)
 
+    def unique(self, steps: int) -> int:
+        """How many different rows the first `steps` steps hold."""
+        epoch = self._epoch_of(steps)
+        earlier = self.batches_before(epoch)  # (K,)
+        order, _ = _arrangement(self, epoch)
+        batches = earlier + np.bincount(order[: steps - int(earlier.sum())], minlength=len(self.counts))
+        return int(np.minimum(batches * self.batch_size, self.counts).sum())
+
     def _epoch_of(self, step: int) -> int:
         epoch = step * self.batch_size // sum(self.counts)
         while self.batches_before(epoch + 1).sum() <= step:

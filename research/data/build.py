@@ -12,6 +12,7 @@ from research.core import registry, schema
 from research.core.errors import UsageError
 from research.data import augment, source, splits
 from research.data.augment import Augmentation
+from research.data.mixture import Mixture
 from research.data.source import DataSet, DataSpec, Source
 
 BLOCK = 1024  # examples that are read at once
@@ -57,8 +58,19 @@ def describe(dataset: DataSet) -> DataSpec:
 def example_tokens(train: Source, keys: Iterable[str]) -> float | None:
     """The tokens of an example, padding left out: the mean over at most `SAMPLE` evenly spaced rows; None without tokens.
 
-    A row of a language model has one token more than it has targets; it counts its targets.
+    In a mixture it is the mean of the parts' means by their weights: parts of 10 and 100 tokens a row and the weights (9, 1)
+    give 19, as training draws them until a part reaches its max_epochs.
+
+    It counts what a model reads. In rows of windows, in packed rows and in the targets of pairs that is every token but the
+    row's first: one for each target of windows and pairs, but in packed rows also the first token of each later document,
+    which is no target. In padded rows it is every token, whatever share of them masked language modelling predicts.
     """
+    if isinstance(train, Mixture):
+        parts = [part for part in train.parts if len(part)]
+        weights = [w for w, part in zip(train.weights or map(len, train.parts), train.parts, strict=True) if len(part)]
+        means = [example_tokens(part, keys) for part in parts]
+        known = [mean for mean in means if mean is not None]
+        return float(np.average(known, weights=weights)) if known else None
     columns = sorted({'segment', 'source_segment', 'target_segment'}.intersection(keys)) or ['tokens']
     if columns[0] not in keys:
         return None

@@ -16,7 +16,8 @@ from research.core.errors import UsageError
 from research.core.schema import parse_budget
 from research.data import splits
 from research.data.mixture import Mixture
-from research.data.source import Block, DataSet, Source
+from research.data.plan import has_own_plan
+from research.data.source import Block, DataSet, Source, select
 
 
 def few_labels(*, labels: str, unlabelled: int = 7, seed: int = 0) -> Callable[[DataSet], DataSet]:
@@ -28,7 +29,8 @@ def few_labels(*, labels: str, unlabelled: int = 7, seed: int = 0) -> Callable[[
       seed: which nested family of subsets the labels are drawn from.
 
     Raises:
-      UsageError: the data have no classes, or there are not so many examples.
+      UsageError: the data have no classes, there are not so many examples, or they have an order of training of their own (a
+        mixture, buckets), which would be lost.
     """
     if unlabelled < 0:
         raise UsageError(f'few_labels.unlabelled is {unlabelled}', 'give 0 or more')
@@ -37,9 +39,16 @@ def few_labels(*, labels: str, unlabelled: int = 7, seed: int = 0) -> Callable[[
         train = data.splits['train']
         if not data.class_names or train.labels() is None:
             raise UsageError(f'data set {data.name!r} has no classes whose labels could be hidden', 'leave few_labels out')
-        shown = Labelled(splits.subset(train, parse_budget(labels), seed), shown=True)
+        if has_own_plan(train):
+            raise UsageError(
+                f'few_labels would undo the order of training of data set {data.name!r}, a mixture or buckets',
+                'leave few_labels out, or take one source and put no buckets before it',
+            )
+        chosen = splits.budget_indices(train, parse_budget(labels), seed)
+        shown = Labelled(select(train, chosen), shown=True)
         parts = [shown, Labelled(train, shown=False)]
-        mixed = Mixture(parts, (1, unlabelled), (None, None)) if unlabelled else shown
+        rows = (chosen, np.arange(len(train)))  # a labelled example is one of all
+        mixed = Mixture(parts, (1, unlabelled), (None, None), rows) if unlabelled else shown
         return dataclasses.replace(data, splits={**data.splits, 'train': mixed})
 
     return apply

@@ -26,10 +26,10 @@ import numpy as np
 from research.core import registry
 from research.core.errors import UsageError
 from research.data import source as sources_
+from research.data.plan import has_own_plan
 from research.data.source import Block, DataSet, Source, Subset
-from research.data.streams import seed_of, stream
+from research.data.streams import block_counts, interleave, seed_of, stream
 
-MAX_BATCHES = 64  # of a block
 MIN_WEIGHT = 1e-5  # share below which a part cannot be placed in a table of sensible size
 
 
@@ -76,12 +76,27 @@ def mixture(
 class Mixture:
     """Parts (K sources) as one source of sum n_k examples, in the parts' order; `plan` draws from them by weight.
 
+    Attributes:
+      rows: the numbers (n_k,) of each part's examples, equal where two parts hold the same one; None: all differ.
+
     Raises:
-      UsageError: parts whose common keys differ in shape or dtype, or that have none in common.
+      UsageError: parts whose keys differ or of which one says an order of training itself (another mixture).
     """
 
-    def __init__(self, parts: Sequence[Source], weights: Sequence[float] | None, max_epochs: Sequence[float | None]):
-        self.parts, self.weights, self.max_epochs = tuple(parts), weights, tuple(max_epochs)
+    def __init__(
+        self,
+        parts: Sequence[Source],
+        weights: Sequence[float] | None,
+        max_epochs: Sequence[float | None],
+        rows: Sequence[np.ndarray] | None = None,
+    ):
+        self.parts, self.weights, self.max_epochs, self.rows = tuple(parts), weights, tuple(max_epochs), rows
+        if ordered := [k for k, part in enumerate(self.parts) if has_own_plan(part)]:
+            raise UsageError(
+                f'source {ordered[0]} of the mixture is a mixture or in buckets: its own order of training would be lost',
+                'name the sources of an inner mixture in the outer one, with the weights multiplied',
+            )
+        self.overlapping = any(getattr(part, 'overlapping', False) for part in self.parts)  # as `Windows` may be
         self._offsets = np.cumsum([0, *(len(part) for part in self.parts)])  # (K + 1,)
         self._spec = _common_spec([part for part in self.parts if len(part)])
 
@@ -110,15 +125,18 @@ class Mixture:
 
     def map(self, function: Callable[[Source], Source]) -> 'Mixture':
         """The mixture of the parts after `function`; a part without examples stays as it is."""
-        return Mixture([function(part) if len(part) else part for part in self.parts], self.weights, self.max_epochs)
+        parts = [function(part) if len(part) else part for part in self.parts]
+        same = [len(part) for part in parts] == [len(part) for part in self.parts]  # else they are rows of another kind
+        return Mixture(parts, self.weights, self.max_epochs, self.rows if same else None)
 
     def select(self, indices: np.ndarray) -> 'Mixture':
         """The mixture of what `indices` (m,) choose of each part."""
         indices = np.asarray(indices)
         owners = np.searchsorted(self._offsets, indices, side='right') - 1
         chosen = [indices[owners == k] - self._offsets[k] for k in range(len(self.parts))]
-        parts = [Subset(part, rows) for part, rows in zip(self.parts, chosen, strict=True)]
-        return Mixture(parts, self.weights, self.max_epochs)
+        parts = [Subset(part, places) for part, places in zip(self.parts, chosen, strict=True)]
+        rows = None if self.rows is None else [own[places] for own, places in zip(self.rows, chosen, strict=True)]
+        return Mixture(parts, self.weights, self.max_epochs, rows)
 
     def plan(self, batch_size: int, seed: int) -> 'MixturePlan':
         """The order of training over this mixture.
@@ -131,7 +149,7 @@ class Mixture:
             raise UsageError(
                 f'source {sizes.index(0)} of the mixture has no training examples', 'leave it out, or hold out less of it'
             )
-        return MixturePlan(sizes, tuple(self.weights or sizes), self.max_epochs, batch_size, seed)
+        return MixturePlan(sizes, tuple(self.weights or sizes), self.max_epochs, batch_size, seed, self.rows)
 
 
 def map_source(function: Callable[[Source], Source], source: Source) -> Source:
@@ -172,8 +190,9 @@ class MixturePlan:
         max_epochs: Sequence[float | None],
         batch_size: int,
         seed: int,
+        rows: Sequence[np.ndarray] | None = None,
     ):
-        self.sizes, self.batch_size, self.seed = tuple(sizes), batch_size, seed
+        self.sizes, self.batch_size, self.seed, self.rows = tuple(sizes), batch_size, seed, rows
         limits = [None if cap is None else max(1, math.floor(cap * n)) for cap, n in zip(max_epochs, sizes, strict=True)]
         self.stages, self.length = _stages(_shares(weights), limits, batch_size)
         self._starts = np.array([stage.start for stage in self.stages])
@@ -199,6 +218,19 @@ class MixturePlan:
             found = stream(places[inside], self.sizes[owner], seed_of(self.seed, int(owner)))
             indices[inside], epochs[inside] = found[0] + self._offsets[owner], found[1]
         return indices, epochs, np.ones(self.batch_size, np.float32)
+
+    def unique(self, steps: int) -> int:
+        """How many different examples the first `steps` steps hold; parts share those of the same number in `rows`."""
+        position = steps * self.batch_size
+        stage = self.stages[np.searchsorted(self._starts, position, side='right') - 1]
+        blocks, rest = divmod(position - stage.start, len(stage.owners))
+        given = stage.consumed + blocks * stage.counts + np.bincount(stage.owners[:rest], minlength=len(self.sizes))
+        counts = np.minimum(given, self.sizes)  # (K,)
+        if self.rows is None:
+            return int(counts.sum())
+        parts = enumerate(zip(self.rows, counts, self.sizes, strict=True))
+        seen = [rows[stream(np.arange(count), size, seed_of(self.seed, k))[0]] for k, (rows, count, size) in parts]
+        return len(np.unique(np.concatenate(seen)))
 
     def _locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The part of each position and the place in that part's own stream, each (m,)."""
@@ -228,10 +260,10 @@ def _stages(shares: list[fractions.Fraction], limits: list[int | None], batch_si
     start, consumed = 0, np.zeros(len(shares), np.int64)
     left = [limit is None or limit > 0 for limit in limits]
     while any(left):
-        counts = _block_counts(
+        counts = block_counts(
             [share if stays else fractions.Fraction(0) for share, stays in zip(shares, left, strict=True)], batch_size
         )
-        owners, ranks = _interleave(counts)
+        owners, ranks = interleave(counts)
         stages.append(Stage(start, owners, ranks, counts, consumed))
         ends = [
             _end(owners, int(counts[k]), limit - int(consumed[k]), k)
@@ -247,31 +279,6 @@ def _stages(shares: list[fractions.Fraction], limits: list[int | None], batch_si
         ]
         start += min(ends)
     return stages, start
-
-
-def _block_counts(shares: list[fractions.Fraction], batch_size: int) -> np.ndarray:
-    """Examples of each part in a block, (K,): exact where MAX_BATCHES batches suffice, else by largest remainder."""
-    total = sum(shares, fractions.Fraction(0))
-    shares = [share / total for share in shares]
-    common = math.lcm(*(share.denominator for share in shares))
-    batches = common // math.gcd(common, batch_size)
-    if batches > MAX_BATCHES:
-        least = min(share for share in shares if share)
-        batches = max(MAX_BATCHES, math.ceil(16 / (least * batch_size)))
-    wanted = [share * batches * batch_size for share in shares]
-    counts = [math.floor(amount) for amount in wanted]
-    by_remainder = sorted(range(len(wanted)), key=lambda k: counts[k] - wanted[k])
-    for k in by_remainder[: batches * batch_size - sum(counts)]:
-        counts[k] += 1
-    return np.array(counts, np.int64)
-
-
-def _interleave(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(owners, ranks), each (L,): example r of the c of a part lies at (r + 1/2) / c of the block."""
-    owners = np.repeat(np.arange(len(counts)), counts)
-    ranks = np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)
-    order = np.lexsort((owners, (ranks + 0.5) / counts[owners]))
-    return owners[order], ranks[order]
 
 
 def _end(owners: np.ndarray, count: int, remaining: int, part: int) -> int:

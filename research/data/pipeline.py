@@ -16,6 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from research.core.errors import UsageError
+from research.data.buckets import Buckets
 from research.data.plan import Plan
 from research.data.source import Source
 
@@ -45,9 +47,18 @@ class HostFeed:
 
 
 class DeviceFeed:
-    """Keeps all of `source` on every device; a step sends B indices, and the devices gather their own rows."""
+    """Keeps all of `source` on every device; a step sends B indices, and the devices gather their own rows.
+
+    Raises:
+      UsageError: the rows are in buckets, whose widths differ.
+    """
 
     def __init__(self, source: Source, plan: Plan, sharding: jax.sharding.NamedSharding):
+        if isinstance(source, Buckets):
+            raise UsageError(
+                "config.data.placement='device' would undo the buckets: it keeps all rows at the width of the longest",
+                "set config.data.placement='host', or leave buckets out",
+            )
         self.plan, self.sharding = plan, sharding
         everywhere = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
         self._arrays = jax.device_put(source[np.arange(len(source))], everywhere)

@@ -80,10 +80,28 @@ class Plan(Protocol):
         ...
 
 
+def has_own_plan(source: Any) -> bool:
+    """Whether a source says the order of training itself (a mixture, buckets): what hides its `plan` would undo it."""
+    return getattr(source, 'plan', None) is not None
+
+
 def plan_of(source: Any, batch_size: int, seed: int) -> Plan:
     """The order of training over `source`: its own `plan(batch_size, seed)` where it has one, else shuffled epochs."""
     own = getattr(source, 'plan', None)
     return TrainPlan(len(source), batch_size, seed) if own is None else own(batch_size, seed)
+
+
+def unique_examples(source: Any, steps: int, batch_size: int, seed: int) -> int:
+    """How many different examples of `source` the first `steps` steps of training hold.
+
+    What the plan's own `unique(steps)` says where it has one (exact for shuffled epochs, mixtures and buckets), else
+    min(steps * B, n). Examples are told apart by their place in the source, not by what they hold: an exact duplicate counts
+    twice, and so does an example that two sources of a mixture have in common; but not one that few_labels shows with and
+    without its label.
+    """
+    plan = plan_of(source, batch_size, seed)
+    own = getattr(plan, 'unique', None)
+    return min(steps * plan.batch_size, len(source)) if own is None else own(steps)
 
 
 def evaluation_plan_of(source: Any, batch_size: int) -> Any:

@@ -111,6 +111,7 @@ class Windows:
         if len(tokens) < length + 1:
             raise UsageError(f'a split has {len(tokens)} tokens, fewer than a window of {length} + 1', 'lower length')
         self.tokens, self.length, self.stride, self.address = tokens, length, stride, address
+        self.overlapping = stride < length  # rows share targets, so that no hash may split them
         self._last = len(tokens) - length - 1  # where the last row begins
 
     def __len__(self) -> int:

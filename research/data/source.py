@@ -6,15 +6,17 @@ Shape letters: n examples of a source, B indices of one block.
     data.splits['all'][np.array([3, 1])]        # {'image': uint8 (2, 8, 8, 1), 'label': int32 (2,)}
 """
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from research.core import files
+from research.core.errors import UsageError
 
 Block = dict[str, np.ndarray]
 
@@ -70,6 +72,15 @@ class Tokenizer(Protocol):
         ...
 
 
+@contextlib.contextmanager
+def naming(split: str) -> Iterator[None]:
+    """Puts the name of the split before a `UsageError` that is raised inside."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f'split {split!r}: {error.message}', error.fix) from error
+
+
 @dataclasses.dataclass(frozen=True)
 class DataSet:
     """Splits of examples, and what is known of them.
@@ -89,8 +100,11 @@ class DataSet:
     cardinalities: tuple[int, ...] = ()
 
     def map(self, function: Callable[[Source], Source], **changes: Any) -> 'DataSet':
-        """The data set with `function` applied to every split, and other `changes`."""
-        splits = {name: function(source) for name, source in self.splits.items()}
+        """The data set with `function` applied to every split, and other `changes`; its `UsageError` names the split."""
+        splits = {}
+        for name, source in self.splits.items():
+            with naming(name):
+                splits[name] = function(source)
         return dataclasses.replace(self, splits=splits, **changes)
 
 

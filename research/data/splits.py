@@ -26,13 +26,19 @@ def split(data: DataSet, validation: float, test: float) -> dict[str, Source]:
       test: the same for the test split.
 
     Raises:
-      UsageError: there is nothing to train on.
+      UsageError: there is nothing to train on, or the examples that a hash would split overlap (windows of a stream).
     """
     own = dict(data.splits)
     train = own.pop('all' if 'all' in own else 'train', None)
     if train is None:
         raise UsageError(f'data set {data.name!r} has no training split, only {sorted(own)}', "it needs 'train' or 'all'")
     shares = {name: share for name, share in (('test', test), ('validation', validation)) if share and name not in own}
+    if shares and getattr(train, 'overlapping', False):
+        wanted, none = ' and '.join(shares), ' and '.join(f'config.data.{name}=0.0' for name in shares)
+        raise UsageError(
+            f'data set {data.name!r} has overlapping windows: split by hash, {wanted} would share tokens with train',
+            f'set stride=length, give files of their own for {wanted}, or set {none}',
+        )
     places = uniform(train.keys(), SALT['split'])
     start, chosen = 0.0, np.zeros(len(train), bool)
     for name, share in shares.items():
@@ -56,14 +62,21 @@ def subset(source: Source, budget: Duration | None, seed: int) -> Source:
     Raises:
       UsageError: the budget is larger than the source.
     """
-    if budget is None:
-        return source
+    return source if budget is None else select(source, budget_indices(source, budget, seed))
+
+
+def budget_indices(source: Source, budget: Duration, seed: int) -> np.ndarray:
+    """The indices (m,), rising, of the examples that a data budget buys.
+
+    Raises:
+      UsageError: the budget is larger than the source.
+    """
     count = max(1, round(len(source) * budget.amount / 100)) if budget.unit == '%' else int(budget.amount)
     if count > len(source):
         raise UsageError(
             f"config.data.budget='{budget}' is more than the {len(source)} training examples", 'lower it, or leave it out'
         )
-    return select(source, np.sort(budget_order(source, seed)[:count]))
+    return np.sort(budget_order(source, seed)[:count])
 
 
 def budget_order(source: Source, seed: int) -> np.ndarray:

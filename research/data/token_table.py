@@ -8,7 +8,7 @@ Shape letters: n documents, N tokens of all of them, B rows of a block, W width 
     table.rows(table.offsets[[5, 2]], table.lengths[[5, 2]], width=8, fill=0)       # ids (2, 8) int32 and where they are real
 
 Up to 16 MB the array is in memory. A larger one is written to the private cache folder, block by block, and mapped; it is
-found again there by the fingerprints of the texts and of the tokenizer, so the same run starts without tokenising.
+found again there by a digest of the texts and the fingerprint of the tokenizer, so the same run starts without tokenising.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from research.core import files
 from research.core.errors import UsageError, nearest
 from research.data.download import temporary_neighbour
 from research.data.plan import mix
-from research.data.source import DataSet, Source, Tokenizer, fingerprint
+from research.data.source import DataSet, Source, Tokenizer
 
 READ = 1024  # documents that are read and tokenised at once
 MEMORY_LIMIT = 16 * 2**20  # bytes; what takes longer to make than to find again
@@ -65,7 +65,8 @@ def tokenise(
     Raises:
       UsageError: the examples hold no text under that key; a large array has no private folder to lie in.
     """
-    address = files.digest([fingerprint(source), key, tokenizer.fingerprint, repr((list(before), list(after)))])
+    contents = files.digest(text for texts in texts_of(source, key) for text in texts)  # keys may hash another column
+    address = files.digest([contents, tokenizer.fingerprint, repr((list(before), list(after)))])
     dtype = np.dtype(np.uint16 if tokenizer.vocabulary_size <= 2**16 else np.uint32)
     first, last = np.array(before, dtype), np.array(after, dtype)
     path = files.cache_folder('tokens') / address

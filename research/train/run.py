@@ -12,6 +12,7 @@ from research.core.clock import Clock
 from research.core.durations import Duration, Facts
 from research.core.schema import Experiment
 from research.data.pipeline import Feed
+from research.data.plan import unique_examples
 from research.data.source import Source, Tokenizer
 from research.train.evaluate import Evaluator
 from research.train.progress import Reporter
@@ -94,13 +95,16 @@ class Run:
         return self.earlier.get('device_seconds', 0.0) + own * self.mesh.size
 
     def spent(self, step: int) -> dict[str, Any]:
-        """The budget used by `step` steps: examples, unique examples, FLOPs, device-seconds, money."""
+        """The budget used by `step` steps: examples, unique examples, FLOPs, device-seconds, money.
+
+        What counts as one unique example says `plan.unique_examples`; 'epochs' are counted over all rows of the training split.
+        """
         examples = step * self.facts.batch_size
         device_seconds = self.device_seconds()
         price = self.experiment.price_per_device_hour
         return {
             'examples': examples,
-            'unique_examples': min(examples, len(self.splits['train'])),
+            'unique_examples': unique_examples(self.splits['train'], step, self.facts.batch_size, self.experiment.seed),
             'epochs': examples / len(self.splits['train']),
             'tokens': None if self.facts.example_tokens is None else round(examples * self.facts.example_tokens),
             'flops': None if self.facts.step_flops is None else step * self.facts.step_flops,

@@ -9,9 +9,8 @@ import pytest
 from research.core import schema
 from research.core.errors import UsageError
 from research.data import build, pipeline, streams
-from research.data import mixture as mixtures
 from research.data.mixture import Mixture, MixturePlan, mixture
-from research.data.plan import plan_of
+from research.data.plan import plan_of, unique_examples
 from research.data.source import ArraySource
 
 
@@ -221,6 +220,52 @@ def test_mistakes_are_named(corpora, arguments, message):
         mixture(**arguments(tuple(corpora)))
 
 
+def test_a_mixture_in_a_mixture_is_refused(corpora):
+    inner = Mixture([part(3, 0), part(2, 10)], (9, 1), (None, 1))
+    with pytest.raises(UsageError, match=r'source 1 of the mixture is a mixture or in buckets.*\n  fix: name the sources'):
+        Mixture([part(4, 20), inner], (1, 1), (None, None))
+    nested = {'name': 'mixture', 'sources': corpora, 'weights': (3, 1)}
+    with pytest.raises(UsageError, match='source 0 of the mixture is a mixture'):
+        mixture(sources=(nested, corpora[0]))
+
+
+@pytest.mark.parametrize(
+    ('sizes', 'weights', 'caps'), [((10, 1000), (1, 1), (None, None)), ((20, 30, 50), (2, 1, 1), (2, 1.5, None))]
+)
+def test_unique_examples_are_those_that_the_plan_has_drawn(sizes, weights, caps):
+    source = Mixture([part(n, 1000 * k) for k, n in enumerate(sizes)], weights, caps)
+    plan = source.plan(8, seed=3)
+    for steps in (0, 1, 2, 7, 13, 40, 100):
+        drawn_ids = {int(i) for step in range(steps) for i in plan.batch(step)[0]}
+        assert unique_examples(source, steps, 8, seed=3) == len(drawn_ids)
+
+
+def test_unique_examples_of_a_large_part_follow_from_its_share():
+    source = Mixture([part(10, 0), part(10**6, 100)], (1, 1), (None, None))
+    assert unique_examples(source, 100, 10, seed=0) == 10 + 500
+
+
+def test_unique_examples_of_a_mixture_that_has_ended_are_what_its_caps_allow():
+    source = Mixture([part(20, 0), part(30, 100)], (1, 1), (2, 0.5))
+    assert source.plan(5, 0).length == 55
+    assert unique_examples(source, 11, 5, seed=0) == 20 + 15
+
+
+def test_tokens_of_an_example_are_weighed_as_the_plan_draws_them():
+    def tokens(rows, real):
+        return ArraySource(
+            {'tokens': np.ones((rows, 128), np.int32), 'segment': np.tile(np.arange(128) < real, (rows, 1)).astype(np.int32)}
+        )
+
+    whole = Mixture([tokens(50, 10), tokens(50, 100)], (9, 1), (None, None))
+    plan = whole.plan(20, 0)
+    drawn_tokens = np.concatenate([whole[plan.batch(step)[0]]['segment'].sum(1) for step in range(50)])
+    assert build.example_tokens(whole, ['tokens', 'segment']) == pytest.approx(drawn_tokens.mean()) == pytest.approx(19.0)
+    by_rows = Mixture([tokens(30, 10), tokens(10, 50)], None, (None, None))
+    assert build.example_tokens(by_rows, ['tokens', 'segment']) == pytest.approx(20.0)
+    assert build.example_tokens(whole, ['image']) is None
+
+
 def test_a_share_too_small_for_any_table_is_refused():
     with pytest.raises(UsageError, match=r'a source has a share of 1\.0e-07 of the mixture'):
         endless((10, 10), (1, 1e-7), 8)
@@ -229,7 +274,7 @@ def test_a_share_too_small_for_any_table_is_refused():
 
 
 def test_interleaving_is_even():
-    owners, ranks = mixtures._interleave(np.array([6, 2, 0]))
+    owners, ranks = streams.interleave(np.array([6, 2, 0]))
     assert owners.tolist() == [0, 0, 1, 0, 0, 0, 1, 0]
     for k in (0, 1):
         assert ranks[owners == k].tolist() == list(range((owners == k).sum()))

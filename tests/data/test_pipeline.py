@@ -4,7 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from research.data.pipeline import DeviceFeed, HostFeed, Prefetcher
+from research.core.errors import UsageError
+from research.data.buckets import Buckets
+from research.data.pipeline import DeviceFeed, HostFeed, Prefetcher, make_feed
 from research.data.plan import EvaluationPlan, TrainPlan
 from research.data.source import ArraySource
 from research.parallel.mesh import batch_sharding, make_mesh
@@ -43,6 +45,18 @@ def test_the_data_set_on_the_devices_gives_the_same_batches(source, mesh):
             for key in on_host:
                 np.testing.assert_array_equal(on_host[key], on_device[key])
                 assert on_device[key].sharding.is_equivalent_to(sharding, on_device[key].ndim)
+
+
+def test_buckets_on_the_device_are_refused(mesh):
+    segment = (np.arange(8) < np.array([[2], [8]] * 8)).astype(np.int32)
+    source = Buckets(ArraySource({'tokens': segment, 'segment': segment}), (4, 8), 'text')
+    sharding = batch_sharding(mesh)
+    for plan in (source.plan(8, 0), source.evaluation_plan(8)):
+        with pytest.raises(
+            UsageError, match=r"placement='device' would undo the buckets.*\n  fix: set config.data.placement='host'"
+        ):
+            make_feed(source, plan, sharding, 'device')
+        assert make_feed(source, plan, sharding, 'host')(0)['tokens'].shape[1] in (4, 8)
 
 
 @pytest.mark.parametrize('depth', [0, 1, 3])

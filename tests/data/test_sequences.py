@@ -5,10 +5,11 @@ import pytest
 
 from research.core.errors import UsageError
 from research.data import buckets as buckets_
-from research.data import packing, sequences, token_table
+from research.data import packing, sequences, splits, token_table
 from research.data.mixture import Mixture
-from research.data.plan import TrainPlan
+from research.data.plan import TrainPlan, unique_examples
 from research.data.source import ArraySource, DataSet, Subset
+from research.data.sources.help_en_de import PairSource
 from research.data.sources.python_docs import python_docs
 from research.data.sources.text_files import as_column
 from research.data.sources.tokens_memmap import tokens_memmap
@@ -97,6 +98,21 @@ def test_a_large_table_lies_in_a_file_and_is_found_again(monkeypatch, tmp_path):
     assert sorted(p.name for p in (tmp_path / 'tokens').iterdir()) == [large.address, f'{large.address}.offsets']
 
 
+def test_tables_are_found_by_their_texts_whatever_the_keys_of_the_examples_hash(monkeypatch, tmp_path):
+    monkeypatch.setenv('FULCRUM_CACHE', str(tmp_path))
+    monkeypatch.setattr(token_table, 'MEMORY_LIMIT', 0)
+    english = as_column(['Hello.', 'Good night!'])
+    german, dutch = (
+        PairSource({'source': english, 'target': as_column(texts)}) for texts in (['Hallo.', 'Nacht!'], ['Dag.', 'Nee!'])
+    )
+    np.testing.assert_array_equal(german.keys(), dutch.keys())
+    for source, words in ((german, 'Hallo.Nacht!'), (dutch, 'Dag.Nee!')):
+        assert BYTE.decode(token_table.tokenise(source, 'target', BYTE).tokens) == words
+    one, other = (token_table.tokenise(dataset(texts).splits['train'], 'text', BYTE) for texts in (['ab', 'c'], ['a', 'bc']))
+    assert one.address != other.address
+    assert one.lengths.tolist() == [2, 1]
+
+
 def test_a_file_of_tokens_needs_a_private_folder(monkeypatch, tmp_path):
     monkeypatch.setenv('FULCRUM_CACHE', str(tmp_path))
     monkeypatch.setattr(token_table, 'MEMORY_LIMIT', 10)
@@ -141,7 +157,12 @@ TOKEN_FILES = [
     ({}, {}, 'has no train.bin and no train.npy'),
     ({}, {'dtype': 'int64'}, "dtype='int64'"),
     ({'train.npy': np.zeros((3, 3))}, {}, 'not token ids'),
-    ({'train.npy': np.zeros(3, np.uint16)}, {}, 'a split has 3 tokens, fewer than a window of 1024'),
+    ({'train.npy': np.zeros(3, np.uint16)}, {}, "split 'train': a split has 3 tokens, fewer than a window of 1024"),
+    (
+        {'train.npy': np.zeros(9, np.uint16), 'val.npy': np.zeros(3, np.uint16)},
+        {'length': 4},
+        "split 'validation': a split has 3 tokens.*\n  fix: lower length",
+    ),
     ({'train.bin': b'abc'}, {}, 'cannot be mapped'),
 ]
 
@@ -152,6 +173,29 @@ def test_wrong_token_files_are_named(tmp_path, written, arguments, message):
         (tmp_path / name).write_bytes(content) if isinstance(content, bytes) else np.save(tmp_path / name, content)
     with pytest.raises(UsageError, match=message):
         tokens_memmap(dir=str(tmp_path), **arguments)
+
+
+@pytest.mark.parametrize('within', [lambda source: source, lambda source: Mixture([source, source], (1, 1), (None, None))])
+def test_overlapping_windows_are_not_split_by_hash(tmp_path, within):
+    tokens = np.arange(1000, dtype=np.uint16)
+    tokens.tofile(tmp_path / 'train.bin')
+
+    def split(stride, **shares):
+        data = tokens_memmap(dir=str(tmp_path), length=16, stride=stride)
+        return splits.split(data.map(within), **{'validation': 0.0, 'test': 0.0, **shares})
+
+    with pytest.raises(
+        UsageError, match=r'overlapping windows.*test would share.*\n  fix: set stride=length.*config.data.test=0\.0$'
+    ):
+        split(4, test=0.2)
+    with pytest.raises(UsageError, match='test and validation would share tokens with train'):
+        split(4, test=0.2, validation=0.1)
+    assert list(split(4)) == ['train']
+    parts = split(16, test=0.2)
+    targets = {name: set(part[np.arange(len(part))]['tokens'][:, 1:].ravel().tolist()) for name, part in parts.items()}
+    assert len(targets['train'] & targets['test']) < 16  # only the last window is moved back
+    tokens.tofile(tmp_path / 'test.bin')
+    assert sorted(split(4, test=0.2)) == ['test', 'train']
 
 
 # Packing.
@@ -351,6 +395,14 @@ def test_bucket_plans_differ_by_seed_and_do_not_depend_on_what_came_before(sourc
     assert abs(epochs.mean() - 4 * 10**7 / len(source)) < 4 * len(source.counts)
 
 
+@pytest.mark.parametrize('batch_size', [4, 30, 100])
+def test_unique_rows_of_buckets_are_those_that_the_plan_has_drawn(source, batch_size):
+    training = source.plan(batch_size, seed=1)
+    for steps in (0, 1, 2, 3, 10, 40):
+        drawn = {int(i) for step in range(steps) for i in training.batch(step)[0]}
+        assert unique_examples(source, steps, batch_size, seed=1) == len(drawn)
+
+
 def test_buckets_of_one_size_are_not_shuffled_alike():
     plan = bucketed(['a', 'a' * 8] * 32).plan(8, seed=0)
     long, short = (
@@ -400,6 +452,28 @@ def test_transforms_go_into_the_parts_of_a_mixture():
         apart = [transform(DataSet('p', {'train': part}, tokenizer=BYTE)).splits['train'] for part in parts]
         assert [len(part) for part in found.parts] == [len(part) for part in apart]
         np.testing.assert_array_equal(found[np.array([len(apart[0]) + 1])]['tokens'], apart[1][np.array([1])]['tokens'])
+
+
+@pytest.mark.parametrize(
+    ('transform', 'message'),
+    [
+        (sequences.windows(length=4), 'a split has 1 tokens, fewer than a window of 4'),
+        (packing.pack(length=4), 'no document of a split has two tokens'),
+        (sequences.windows(length=2, text='no'), 'the examples have no text'),
+    ],
+)
+def test_a_mistake_names_the_split_whose_data_do_not_fit(transform, message):
+    fine = dataset(['abcdefgh'], NoEnds()).splits['train']
+    bad = ArraySource({'text' if 'no text' not in message else 'other': as_column(['a'])})
+    named = fine if 'no text' not in message else ArraySource({'no': as_column(['abcdefgh'])})
+    with pytest.raises(UsageError, match=f"^split 'test': {message}.*\n  fix: "):
+        transform(DataSet('d', {'train': named, 'test': bad}, tokenizer=NoEnds()))
+
+
+def test_rows_too_long_for_the_buckets_name_their_split():
+    data = DataSet('d', {n: dataset([t]).splits['train'] for n, t in (('train', 'a'), ('test', 'abcdef'))}, tokenizer=BYTE)
+    with pytest.raises(UsageError, match=r"^split 'test': a row has length 6, the last bucket holds 3"):
+        buckets_.buckets(lengths=(3,))(sequences.pad(length=8, special=False)(data))
 
 
 def test_every_split_is_transformed_alone():

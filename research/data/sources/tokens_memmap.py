@@ -17,7 +17,7 @@ import numpy as np
 from research.core import files
 from research.core.errors import UsageError
 from research.data.sequences import Windows
-from research.data.source import DataSet
+from research.data.source import DataSet, Source, naming
 
 SPLITS = {'train': ('train',), 'validation': ('val', 'validation'), 'test': ('test',)}  # ours: the files' names
 DTYPES = ('uint16', 'uint32')
@@ -27,6 +27,11 @@ def tokens_memmap(*, dir: str, length: int = 1024, stride: int | None = None, dt
     """The windows of train, val and test files: 'tokens' (length + 1,) int32.
 
     The key of a row is a hash of its place, of the file's size and of its first and last 64 KiB, not of all its contents.
+
+    A split without a file is held out from the windows of train by their hash (`config.data.test`, `config.data.validation`).
+    Windows that overlap (stride < length) are refused there, since most of the test's tokens would be trained on. Borders of
+    documents are not known, so also at stride = length windows of one document may fall into several splits, and the last
+    window, which is moved back, may share tokens with the one before. Give files for validation and test where that matters.
 
     Args:
       dir: a folder with train.bin or train.npy, and val and test alike.
@@ -43,8 +48,11 @@ def tokens_memmap(*, dir: str, length: int = 1024, stride: int | None = None, dt
     found = {split: file for split, names in SPLITS.items() for file in _candidates(root, names) if file.is_file()}
     if 'train' not in found:
         raise UsageError(f'{root} has no train.bin and no train.npy', 'give the folder that a prepare script wrote them to')
-    splits = {split: Windows(_map(file, dtype), length, stride or length, _address(file)) for split, file in found.items()}
-    return DataSet(root.resolve().name, dict(splits))
+    splits: dict[str, Source] = {}
+    for split, file in found.items():
+        with naming(split):
+            splits[split] = Windows(_map(file, dtype), length, stride or length, _address(file))
+    return DataSet(root.resolve().name, splits)
 
 
 def _candidates(root: pathlib.Path, names: tuple[str, ...]) -> list[pathlib.Path]:
