@@ -77,7 +77,7 @@ class Trainer:
         mesh = meshes.make_mesh()
         splits, spec = build_splits(settings.data)
         task = build.make_task(settings, spec)
-        facts = build.measure(settings, task, spec, len(splits['train']))
+        facts = build.measure(settings, task, spec, splits['train'])
         parts = build.make_parts(settings, task, spec, mesh, build.learning_rate(settings.optimizer, facts))
         self.state, self.compiled = parts.init(), build.compile_parts(parts, settings, mesh)
         plan = plan_of(splits['train'], BATCH, settings.seed)

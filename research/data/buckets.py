@@ -26,7 +26,7 @@ from research.core.errors import UsageError
 from research.data import plan
 from research.data.mixture import Mixture
 from research.data.sequences import Transform
-from research.data.source import Block, DataSet, Source
+from research.data.source import Block, DataSet, Shapes, Source, shapes_of
 from research.data.streams import seed_of, stream
 from research.data.token_table import READ
 
@@ -110,6 +110,11 @@ class Buckets:
     def evaluation_plan(self, batch_size: int) -> 'BucketEvaluationPlan':
         """The order of evaluation."""
         return BucketEvaluationPlan(self.counts, batch_size)
+
+    def kinds(self) -> list[tuple[float, Shapes]]:
+        """The share of each bucket in the batches of training, and what its rows look like."""
+        starts = np.cumsum((0, *self.counts[:-1]))
+        return [(c / len(self), shapes_of(self[np.array([start])])) for c, start in zip(self.counts, starts, strict=True)]
 
     def _sizes(self, start: int) -> np.ndarray:
         """The length each row of a block needs, (B,)."""

@@ -19,6 +19,7 @@ from research.core import files
 from research.core.errors import UsageError
 
 Block = dict[str, np.ndarray]
+Shapes = dict[str, tuple[tuple[int, ...], Any]]  # (shape, dtype) of one example by key
 
 
 class Source(Protocol):
@@ -121,7 +122,7 @@ class DataSpec:
       example_tokens: tokens of a training example, padding left out, on average; None for data that are no text.
     """
 
-    examples: dict[str, tuple[tuple[int, ...], np.dtype]]
+    examples: Shapes
     class_names: tuple[str, ...] | None = None
     class_counts: tuple[int, ...] | None = None
     tokenizer: Tokenizer | None = None
@@ -212,6 +213,17 @@ def fingerprint(source: Source) -> str:
     return files.digest([source.keys().astype('<u8').tobytes()])
 
 
-def example_spec(source: Source) -> dict[str, tuple[tuple[int, ...], Any]]:
+def example_spec(source: Source) -> Shapes:
     """The (shape, dtype) of one example by key."""
-    return {key: (value.shape[1:], value.dtype) for key, value in source[np.array([0])].items()}
+    return shapes_of(source[np.array([0])])
+
+
+def shapes_of(block: Block) -> Shapes:
+    """The (shape, dtype) of one example of a block by key."""
+    return {key: (value.shape[1:], value.dtype) for key, value in block.items()}
+
+
+def kinds_of(source: Any, spec: DataSpec) -> list[tuple[float, Shapes]]:
+    """The shapes of a row that training draws, each with its share of the batches: several in buckets, else those of `spec`."""
+    own = getattr(source, 'kinds', None)
+    return [(1.0, spec.examples)] if own is None else own()

@@ -55,9 +55,8 @@ def product(lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any, *args: Any, 
     rows, columns = lhs.shape[: lhs.ndim - count], rhs.shape[count:]
     inner = math.prod(rhs.shape[:count])
     lhs, rhs = lhs.reshape(math.prod(rows), inner), rhs.reshape(inner, math.prod(columns))
-    if (
-        inner > rhs.shape[1] and lhs.shape[0] >= inner
-    ):  # around the transposition, so that its gradient is not fused into every step of the optimiser
+    # Written down on both sides of the transposition, so that its gradient is not fused into every step of the optimiser.
+    if inner > rhs.shape[1] and lhs.shape[0] >= inner:
         found = jax.lax.dot_general(lhs, materialised(materialised(rhs).T), (((1,), (1,)), ((), ())), *args, **options)
     else:
         found = jax.lax.dot_general(lhs, rhs, (((1,), (0,)), ((), ())), *args, **options)

@@ -5,7 +5,7 @@ Nothing here makes an array: shapes first (`eval_shape`), then shardings, then c
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from research.core.durations import Facts
 from research.core.errors import UsageError
 from research.core.schema import Experiment, Optimizer, Train
 from research.data.build import build_augmentation
-from research.data.source import DataSpec
+from research.data.source import DataSpec, kinds_of
 from research.optim import build as optim
 from research.optim import schedules
 from research.parallel import compile as compilation
@@ -60,14 +60,24 @@ def preprocessed(experiment: Experiment, batch: Any, augment: bool = False) -> A
     return jax.eval_shape(preprocess, keys, batch)
 
 
-def measure(experiment: Experiment, task: Task, spec: DataSpec, num_train: int) -> Facts:
-    """The facts that durations are counted in: FLOPs of a step and, from the training duration, the total steps."""
+def measure(experiment: Experiment, task: Task, spec: DataSpec, train: Sized) -> Facts:
+    """The facts that durations are counted in: FLOPs of a step and, from the training duration, the total steps.
+
+    Args:
+      experiment: the resolved config.
+      task: its task.
+      spec: what the data look like.
+      train: the training split. Of one in buckets a step's FLOPs are the mean over the shapes of its batches.
+    """
     size = experiment.data.batch_size
-    raw = abstract_batch(spec, size)
-    variables = jax.eval_shape(task.init, rng.key(0, 'init'), preprocessed(experiment, raw))
+    variables = jax.eval_shape(task.init, rng.key(0, 'init'), preprocessed(experiment, abstract_batch(spec, size)))
     rngs = {'dropout': jax.eval_shape(lambda: rng.key(0, 'dropout'))}
-    step_flops = flops.count(step.gradients_of(task), variables, preprocessed(experiment, raw, augment=True), rngs)
-    facts = Facts(size, num_train, step_flops, example_tokens=spec.example_tokens)
+    step_flops: float | None = 0.0
+    for share, examples in kinds_of(train, spec):
+        batch = abstract_batch(dataclasses.replace(spec, examples=examples), size)
+        counted = flops.count(step.gradients_of(task), variables, preprocessed(experiment, batch, augment=True), rngs)
+        step_flops = None if counted is None or step_flops is None else step_flops + share * counted
+    facts = Facts(size, len(train), step_flops, example_tokens=spec.example_tokens)
     return dataclasses.replace(facts, total_steps=experiment.train.duration.to_steps(facts))
 
 

@@ -47,7 +47,7 @@ def _evaluate(experiment: schema.Experiment, directory: RunDirectory) -> dict[st
     mesh = meshes.make_mesh(experiment.parallel.devices, experiment.parallel.model_axis)
     splits, spec = build_splits(experiment.data)
     task = build.make_task(experiment, spec)
-    facts = build.measure(experiment, task, spec, len(splits['train']))
+    facts = build.measure(experiment, task, spec, splits['train'])
     parts = build.make_parts(experiment, task, spec, mesh, build.learning_rate(experiment.optimizer, facts))
     evaluator = Evaluator(task, build_augmentation(experiment.data.preprocess), mesh)
     feeds = evaluation_feeds(experiment, splits, mesh)

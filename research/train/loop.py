@@ -104,7 +104,7 @@ def _prepare(
     data_fingerprint = fingerprint(splits['train'])
     start.check_fingerprint(directory, data_fingerprint, allow_change)
     task = build.make_task(experiment, spec)
-    facts = build.measure(experiment, task, spec, len(splits['train']))
+    facts = build.measure(experiment, task, spec, splits['train'])
     rate = build.learning_rate(experiment.optimizer, facts)
     parts = build.make_parts(experiment, task, spec, mesh, rate)
     evaluator = Evaluator(task, build_augmentation(experiment.data.preprocess), mesh)

@@ -11,6 +11,7 @@ from research.core.errors import UsageError
 from research.models.audio import PARTITION_RULES, AudioEncoder, normalise
 from research.models.log_mel import LogMel, from_mel, to_mel
 from research.models.spec_augment import SpecAugment, draw_bands
+from research.parallel.rules import shardings
 
 KEY = jax.random.key(0)
 RATE = 8000
@@ -267,16 +268,40 @@ def test_the_size_table_is_true():
         assert sum(leaf.size for leaf in jax.tree.leaves(shapes_of(module))) == size
 
 
-def test_partition_rules_cover_every_leaf(body):
-    params = shapes_of(AudioEncoder(30, body=body))
-    rules = [(pattern, index) for index, (pattern, _) in enumerate(PARTITION_RULES)]
-    chosen = leaves.match(rules, params, allow_unused=True)
-    specs = {name: PARTITION_RULES[index][1] for name, index in zip(leaves.names(params), jax.tree.leaves(chosen), strict=True)}
-    for (name, spec), leaf in zip(specs.items(), jax.tree.leaves(params), strict=True):
-        assert len(spec) <= leaf.ndim, name
-    inner = 'layers_0/attention/query/kernel' if body == 'transformer' else 'layers_0_backward/recurrent_kernel'
-    assert 'model' in specs[f'stack/{inner}']
-    assert specs['head/kernel'] == (None, 'model')
+SPLIT = {  # the axis of each kind of leaf that is split
+    'transformer': {
+        **{f'{name}/{leaf}': axis for name in ('query', 'key', 'value', 'up') for leaf, axis in (('kernel', 1), ('bias', 0))},
+        'out/kernel': 0,
+        'down/kernel': 0,
+        'head/kernel': 1,
+        'head/bias': 0,
+    },
+    'rnn': {
+        'input/kernel': 2,
+        'input/bias': 1,
+        'layers_0_forward/recurrent_kernel': 2,
+        'layers_0_backward/recurrent_kernel': 2,
+        'layers_0_forward/recurrent_bias': 0,
+        'layers_0_backward/recurrent_bias': 0,
+        'head/kernel': 1,
+        'head/bias': 0,
+    },
+}
+
+
+def test_partition_rules_split_heads_and_units(body):
+    abstract = {'params': shapes_of(AudioEncoder(30, body=body, depth=1))}
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(4, 2), ('data', 'model'))
+    numbered = [(pattern, number) for number, (pattern, _) in enumerate(PARTITION_RULES)]
+    used = sorted(set(jax.tree.leaves(leaves.match(numbered, abstract, allow_unused=True))))
+    placed = shardings(mesh, [PARTITION_RULES[number] for number in used], abstract)
+    split = set()
+    for name, leaf, sharding in zip(leaves.names(abstract), *map(jax.tree.leaves, (abstract, placed)), strict=True):
+        kind = '/'.join(name.split('/')[-2:])
+        axis = SPLIT[body].get(kind)
+        split |= {kind} if axis is not None else set()
+        assert sharding.shard_shape(leaf.shape) == tuple(n // 2 if i == axis else n for i, n in enumerate(leaf.shape)), name
+    assert split == set(SPLIT[body])
 
 
 @pytest.mark.parametrize(

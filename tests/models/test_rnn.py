@@ -15,6 +15,7 @@ from research.core.errors import UsageError
 from research.models import recurrent
 from research.models.recurrent import Recurrence
 from research.models.rnn import PARTITION_RULES, RNN
+from research.parallel.rules import shardings
 
 B, T, D, H = 3, 6, 4, 5
 LENGTHS = np.array([6, 3, 1])
@@ -326,16 +327,16 @@ def test_the_size_table_is_true():
 
 
 @pytest.mark.parametrize('vocabulary', [0, 16])
-def test_partition_rules_cover_every_leaf(vocabulary):
+def test_partition_rules_split_every_leaf_over_its_units(vocabulary):
     module = RNN(4, cell='gru', hidden=(8, 8), bidirectional=True, vocabulary_size=vocabulary)
     inputs = jnp.ones((1, 2), jnp.int32) if vocabulary else jnp.ones((1, 2, 4))
-    params = jax.eval_shape(module.init, KEY, inputs)['params']
-    rules = [(pattern, index) for index, (pattern, _) in enumerate(PARTITION_RULES)]
-    chosen = leaves.match(rules, params, allow_unused=not vocabulary)
-    for leaf, index in zip(jax.tree.leaves(params), jax.tree.leaves(chosen), strict=True):
-        spec = PARTITION_RULES[index][1]
-        assert spec
-        assert len(spec) <= leaf.ndim
+    abstract = jax.eval_shape(module.init, KEY, inputs)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 4), ('data', 'model'))
+    rules = [rule for rule in PARTITION_RULES if vocabulary or rule[0] != '.*embed/embedding']
+    placed = shardings(mesh, rules, abstract)
+    for name, leaf, sharding in zip(leaves.names(abstract), *map(jax.tree.leaves, (abstract, placed)), strict=True):
+        axis = 0 if name.endswith('embedding') else leaf.ndim - 1
+        assert sharding.shard_shape(leaf.shape) == tuple(n // 4 if i == axis else n for i, n in enumerate(leaf.shape)), name
 
 
 def test_an_lstm_learns_which_digit_it_reads_row_by_row():

@@ -143,7 +143,7 @@ def test_an_own_model_with_rules_and_a_spread_state_equals_one_device(monkeypatc
     mesh = meshes.make_mesh(8, 2)
     splits, spec = build_splits(experiment.data)
     task = build.make_task(experiment, spec)
-    facts = build.measure(experiment, task, spec, len(splits['train']))
+    facts = build.measure(experiment, task, spec, splits['train'])
     parts = build.make_parts(experiment, task, spec, mesh, build.learning_rate(experiment.optimizer, facts))
     state, compiled = parts.init(), build.compile_parts(parts, experiment, mesh)
     for k in range(4):

@@ -24,7 +24,7 @@ def text_parts(experiment, devices=8, spec=SPEC):
     """The parts of an experiment on rows of letters, their mesh and their task."""
     mesh = meshes.make_mesh(devices, experiment.parallel.model_axis)
     task = build.make_task(experiment, spec)
-    facts = build.measure(experiment, task, spec, 64)
+    facts = build.measure(experiment, task, spec, range(64))
     return build.make_parts(experiment, task, spec, mesh, build.learning_rate(experiment.optimizer, facts)), mesh, task
 
 

@@ -1,5 +1,6 @@
 """What a run says it has spent: the examples it has really seen."""
 
+import dataclasses
 import types
 
 import numpy as np
@@ -7,12 +8,16 @@ import pytest
 
 from research.core.clock import Clock
 from research.core.durations import Facts
+from research.data.buckets import buckets
 from research.data.few_labels import few_labels
 from research.data.mixture import Mixture
 from research.data.plan import TrainPlan, unique_examples
 from research.data.source import ArraySource, DataSet
 from research.parallel import mesh as meshes
+from research.train import build
 from research.train.run import Run
+from tests import specs
+from tests.specs import Letters
 from tests.train.conftest import experiment_of
 
 
@@ -52,3 +57,17 @@ def test_the_labelled_examples_are_some_of_all():
     data = DataSet('toy', {'train': ArraySource({'image': images, 'label': labels})}, ('a', 'b'))
     train = few_labels(labels='10 examples', unlabelled=3)(data).splits['train']
     assert spent(train, 16, 40)['unique_examples'] == 60
+
+
+def test_flops_of_buckets_are_those_of_the_shapes_that_are_drawn():
+    """Three batches of four are a quarter as wide as the others: FLOPs of a step are the mean, not those of the widest."""
+    rows = np.where(np.arange(100)[:, None] < 75, np.arange(32) < 8, np.arange(32) < 32).astype(np.int32)
+    data = DataSet('rows', {'train': ArraySource({'tokens': rows, 'segment': rows})}, tokenizer=Letters(20))
+    source = buckets(lengths=(8, 32))(data).splits['train']
+    spec = specs.padded(32, 20)
+    experiment = experiment_of('model=encoder(depth=1, width=16, heads=2)', 'task=masked', 'data.batch_size=8')
+    task = build.make_task(experiment, spec)
+    wide = build.measure(experiment, task, spec, rows).step_flops
+    narrow = build.measure(experiment, task, dataclasses.replace(spec, examples=specs.padded(8, 20).examples), rows).step_flops
+    assert narrow < wide / 3
+    assert build.measure(experiment, task, spec, source).step_flops == pytest.approx(0.75 * narrow + 0.25 * wide)

@@ -49,7 +49,7 @@ def test_evaluation_is_exact_over_remainders_batches_and_devices(devices, batch)
 def test_flops_of_an_mlp_are_those_on_paper():
     experiment = experiment_of('model.hidden=(1024,)')
     splits, spec = build_splits(experiment.data)
-    facts = build.measure(experiment, build.make_task(experiment, spec), spec, len(splits['train']))
+    facts = build.measure(experiment, build.make_task(experiment, spec), spec, splits['train'])
     # Forward 2 per weight and example; backward the weights' gradients, and the inputs' of all layers but the first.
     first, second = 64 * 1024, 1024 * 10
     assert facts.step_flops == pytest.approx(64 * (2 * 2 * first + 3 * 2 * second), rel=0.03)

@@ -20,7 +20,7 @@ def parts_of(experiment, devices):
     mesh = meshes.make_mesh(devices)
     splits, spec = build_splits(experiment.data)
     task = build.make_task(experiment, spec)
-    facts = build.measure(experiment, task, spec, len(splits['train']))
+    facts = build.measure(experiment, task, spec, splits['train'])
     rate = build.learning_rate(experiment.optimizer, facts)
     return build.make_parts(experiment, task, spec, mesh, rate), mesh, splits['train'], task
 
