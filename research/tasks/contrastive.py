@@ -30,7 +30,7 @@ from research.parallel.mesh import DATA_AXIS
 from research.tasks.base import EXTRAS, Batch, Keys, ModuleTask, Variables, cast, check_keys
 from research.tasks.losses import unmasked
 from research.tasks.metrics import make
-from research.tasks.retrieval import RETRIEVAL_METRICS
+from research.tasks.retrieval import retrieval_metrics
 from research.tasks.states import Metric
 
 FAR = -1e30  # the logit of a pair that is not there; finite, so that no gradient is 0 times infinity
@@ -76,7 +76,7 @@ class Contrastive(ModuleTask):
             raise UsageError(f'embedding is {self.embedding}, below 1', 'try embedding=128')
         if self.loss_function == 'siglip' and getattr(self.module, 'initial_bias', 0.0) is None:
             raise UsageError("loss_function='siglip' needs a bias, and this model has none", "set config.model='siglip'")
-        object.__setattr__(self, 'metrics', make(self.metrics, RETRIEVAL_METRICS, self.embedding, self.labels))
+        object.__setattr__(self, 'metrics', make(self.metrics, retrieval_metrics(self.texts), self.embedding, self.labels))
         _ = self.prompts  # raises on classes and prompts that do not fit
 
     @property

@@ -63,7 +63,8 @@ class Distill:
       weight: w in [0, 1], the teacher's share of the loss.
 
     Raises:
-      UsageError: a value out of range, a task that gives no logits, or a run that is no teacher.
+      UsageError: a value out of range; a task that gives no logits, has a loss of its own or weighs classes; a run that is
+        no teacher.
     """
 
     model: Callable[..., nn.Module]
@@ -91,6 +92,13 @@ class Distill:
         task = registry.call(component.bound(), **supplied)
         if not isinstance(task, (Supervised, TokenTask)):
             raise UsageError(f'task distill cannot take the task {self.task!r}, which gives no logits', "try task='classify'")
+        if type(task).loss not in (Supervised.loss, TokenTask.loss):
+            raise UsageError(f'task distill would leave out the loss of the task {self.task!r}', "try task='classify'")
+        if getattr(task, 'class_weights', None) is not None:
+            raise UsageError(
+                f'task distill: {self.task} weighs classes, and the teacher weighs all examples alike',
+                'leave class_weights out of config.task.task',
+            )
         return task
 
     @functools.cached_property

@@ -10,10 +10,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from research.tasks.bleu import stacked
 from research.tasks.losses import unmasked
 from research.tasks.metrics import Accuracy, Factory
 from research.tasks.states import Additive, Result, State
@@ -43,7 +43,8 @@ class Retrieval:
 
     def merge(self, a: State, b: State) -> State:
         """All examples of both."""
-        return jax.tree.map(lambda x, y: np.concatenate([x, y]), a, b)
+        tokens = stacked(np.asarray(a['tokens']), np.asarray(b['tokens']))  # those of padding buckets have other widths
+        return {name: tokens if name == 'tokens' else np.concatenate([a[name], b[name]]) for name in a}
 
     def compute(self, state: State) -> Result:
         """{'image_to_text_recall_at_1': in [0, 1], ...}; NaN without examples, or if a vector is not finite."""
@@ -74,10 +75,9 @@ class ZeroShot(Additive):
         return {'zero_shot': Accuracy(self.labels).compute(state)['accuracy']}
 
 
-RETRIEVAL_METRICS: dict[str, Factory] = {
-    'retrieval': lambda k, labels: Retrieval(),
-    'zero_shot': lambda k, labels: ZeroShot(labels),
-}
+def retrieval_metrics(texts: str) -> dict[str, Factory]:
+    """The metrics of images and the texts under the key `texts`, as `metrics.CLASS_METRICS`."""
+    return {'retrieval': lambda k, labels: Retrieval(texts), 'zero_shot': lambda k, labels: ZeroShot(labels)}
 
 
 def best_ranks(queries: np.ndarray, candidates: np.ndarray, captions: np.ndarray) -> np.ndarray:

@@ -18,6 +18,9 @@ from research.train import weights
 from research.train.open_run import foreign
 from research.train.run_directory import RunDirectory
 
+LEARNT = ('standardise', 'quantile_normalise', 'encode_categories')  # transforms that learn from the training split
+TRAINING = ('source', 'validation', 'test', 'budget', 'subset_seed')  # what says which examples that is
+
 
 def restore(experiment: Experiment, data: DataSpec, path: str) -> Teacher:
     """The model of the run in `path`, for a student that is trained as `experiment` says on `data`.
@@ -52,8 +55,27 @@ def _check_view(experiment: Experiment, data: DataSpec, run: dict[str, Any], pat
             f'the teacher in {path} was trained with config.data.preprocess={theirs}, the student has {ours}',
             'give the student the same preprocessing',
         )
+    _check_learnt(experiment, run['config']['data'], path)
     folder = path / 'tokenizer'
     if data.tokenizer is not None and tokenizers.load(folder).fingerprint != data.tokenizer.fingerprint:
         raise UsageError(
             f'the teacher in {path} reads with another tokenizer than the student', f'give the student the one in {folder}'
+        )
+
+
+def _check_learnt(experiment: Experiment, theirs: dict[str, Any], path: pathlib.Path) -> None:
+    """Refuses a teacher whose columns were scaled or coded by other training examples than the student's are."""
+    ours = fields.to_plain(experiment.data)
+    mine, other = ([t for t in data['transforms'] if t['name'] in LEARNT] for data in (ours, theirs))
+    if mine != other:
+        raise UsageError(
+            f'the teacher in {path} was trained with the transforms {other}, the student has {mine}',
+            'give the student the same transforms of columns',
+        )
+    different = [key for key in TRAINING if ours[key] != theirs[key]] if mine else []
+    if different:
+        names = ', '.join(f'config.data.{key}' for key in different)
+        raise UsageError(
+            f'{mine[0]["name"]} learns from the training examples, and those of the teacher in {path} differ by {names}',
+            'give the student the same training split, or take a transform that learns nothing',
         )

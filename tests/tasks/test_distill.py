@@ -1,5 +1,6 @@
 """Distillation: the loss and its gradient by the formula, for examples and for tokens."""
 
+import dataclasses
 import functools
 
 import jax
@@ -169,3 +170,11 @@ def test_in_chunks_it_is_the_same():
 def test_mistakes(changes, message):
     with pytest.raises(UsageError, match=message):
         distill(**changes)
+
+
+def test_tasks_whose_loss_is_not_that_of_their_outputs_are_refused():
+    """FixMatch's own loss would be left out; with class weights hard and soft loss would have two kinds of mean."""
+    with pytest.raises(UsageError, match=r"would leave out the loss of the task 'fixmatch'"):
+        distill(task='fixmatch', data=dataclasses.replace(SPEC, examples={**SPEC.examples, 'labelled': ((), np.float32)}))
+    with pytest.raises(UsageError, match=r'weighs classes, and the teacher weighs all examples alike'):
+        distill(task='classify(class_weights=(1.0, 1.0, 50.0))')

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import top_k_accuracy_score
 
-from research.tasks.retrieval import RETRIEVAL_METRICS, Retrieval, ZeroShot, best_ranks
+from research.tasks.retrieval import Retrieval, ZeroShot, best_ranks, retrieval_metrics
 
 BATCH = 16
 
@@ -111,5 +111,21 @@ def test_zero_shot_is_the_share_of_right_classes():
 
 
 def test_the_table_makes_them():
-    assert RETRIEVAL_METRICS['retrieval'](64, 'label') == Retrieval()
-    assert RETRIEVAL_METRICS['zero_shot'](64, 'kind') == ZeroShot('kind')
+    assert retrieval_metrics('caption')['retrieval'](64, 'label') == Retrieval('caption')
+    assert retrieval_metrics('tokens')['zero_shot'](64, 'kind') == ZeroShot('kind')
+
+
+def test_batches_of_other_widths_are_merged():
+    """As padding buckets give them: equal captions stay equal however wide their batch was."""
+    vectors = np.eye(4, dtype=np.float32)
+    tokens = np.array([[5, 6, 0], [7, 0, 0], [5, 6, 0], [8, 9, 9]], np.int32)
+    batch = {'tokens': tokens, 'segment': np.int32(tokens > 0), 'mask': np.ones(4, np.float32)}
+    outputs = {'image': vectors, 'text': vectors[[2, 1, 0, 3]]}  # the two equal captions are exchanged
+    metric = Retrieval()
+    halves = []
+    for rows, width in ((slice(0, 2), 2), (slice(2, 4), 3)):
+        part = {k: v[rows, :width] if v.ndim == 2 else v[rows] for k, v in batch.items()}
+        halves.append(metric.batch({k: v[rows] for k, v in outputs.items()}, part))
+    whole = metric.compute(metric.batch(outputs, batch))
+    assert metric.compute(metric.merge(*halves)) == metric.compute(metric.merge(*halves[::-1])) == whole
+    assert whole['image_to_text_recall_at_1'] == 1.0

@@ -98,6 +98,22 @@ def test_teachers_that_are_refused(taught, tmp_path):
         teacher.restore(experiment, spec, str(other))
 
 
+def test_a_teacher_whose_columns_were_scaled_otherwise_is_refused(taught, tmp_path):
+    plain = experiment_of(*student_of(taught))
+    _, spec = build_splits(plain.data)
+    scaled = [{'name': 'standardise'}]
+    other = changed(taught, tmp_path, ('data', 'transforms'), scaled)
+    with pytest.raises(
+        UsageError, match=r"was trained with the transforms \[\{'name': 'standardise'\}\], the student has \[\]"
+    ):
+        teacher.restore(plain, spec, str(other))
+    same = experiment_of(*student_of(taught), 'data.transforms=standardise')
+    assert teacher.restore(same, spec, str(other))
+    less = experiment_of(*student_of(taught), 'data.transforms=standardise', 'data.budget=5%')
+    with pytest.raises(UsageError, match=r'standardise learns from the training examples, .* differ by config.data.budget'):
+        teacher.restore(less, spec, str(other))
+
+
 def test_a_teacher_of_other_classes_is_refused(taught):
     experiment = experiment_of(*student_of(taught))
     _, spec = build_splits(experiment.data)
