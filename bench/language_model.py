@@ -80,9 +80,17 @@ class Trainer:
         facts = build.measure(settings, task, spec, splits['train'])
         parts = build.make_parts(settings, task, spec, mesh, build.learning_rate(settings.optimizer, facts))
         self.state, self.compiled = parts.init(), build.compile_parts(parts, settings, mesh)
+        self._parts = parts
         plan = plan_of(splits['train'], BATCH, settings.seed)
         self.feed = make_feed(splits['train'], plan, meshes.batch_sharding(mesh), settings.data.placement)
         self.step = 0
+
+    @property
+    def program(self) -> str:
+        """The text of the compiled step."""
+        import jax
+
+        return jax.jit(self._parts.step, donate_argnums=0).lower(self._parts.abstract, self._parts.batch).compile().as_text()
 
     def steps(self, count: int) -> None:
         """Takes `count` steps and waits for the last."""

@@ -4,7 +4,8 @@
     python launch.py --config=configs/fashion_vit.py
     python launch.py --config=configs/fashion_vit.py:epochs=20,patch=4
 
-Result: not measured here yet.
+Test accuracy 88.00 % with standard deviation 0.14, n = 3 seeds: `python -m bench.accuracy --config=configs/fashion_vit.py
+--seeds=3`; conditions in BENCHMARKS.md. patch=4 and 20 epochs are not measured here.
 """
 
 from research.core.schema import default_config

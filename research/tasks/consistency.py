@@ -49,8 +49,8 @@ class FixMatch(Classify):
       temperature: logits of the weak view are divided by it before the probability is compared, > 0.
 
     Raises:
-      UsageError: as `Classify`; the data do not say what is labelled, or a value is out of range; in training, batches
-        without the strong view, or with mixed labels.
+      UsageError: as `Classify`; the data do not say what is labelled, or have another share of it, or a value is out of range;
+        in training, batches without the strong view, or with mixed labels.
     """
 
     unlabelled: int = 7
@@ -73,6 +73,11 @@ class FixMatch(Classify):
         ):
             if not is_right:
                 raise UsageError(f'{name} is {getattr(self, name)}, but must be {rule}', f'set config.task.{name} so')
+        if self.data.unlabelled not in (None, self.unlabelled):
+            raise UsageError(
+                f'task fixmatch has unlabelled={self.unlabelled}, the transform few_labels {self.data.unlabelled}',
+                f'set config.task.unlabelled to {self.data.unlabelled}',
+            )
 
     def loss(self, variables: Variables, batch: Batch, rngs: Keys | None, train: bool) -> tuple[Terms, dict[str, Any]]:
         """The terms of one batch and the new model state; in evaluation those of `Classify`."""

@@ -29,6 +29,7 @@ from research.core.terms import Terms, weighted
 from research.data.source import DataSpec
 from research.tasks.base import Batch, Keys, Supervised, Variables
 from research.tasks.chunked import in_chunks, score
+from research.tasks.regress import Regress
 from research.tasks.states import Metric
 from research.tasks.tokens import TokenTask
 
@@ -90,7 +91,7 @@ class Distill:
         component = registry.component('task', self.task, 'config.task.task')
         supplied = {'model': self.model, 'data': self.data, 'dtype': self.dtype, 'restore': self.restore}
         task = registry.call(component.bound(), **supplied)
-        if not isinstance(task, (Supervised, TokenTask)):
+        if isinstance(task, Regress) or not isinstance(task, (Supervised, TokenTask)):
             raise UsageError(f'task distill cannot take the task {self.task!r}, which gives no logits', "try task='classify'")
         if type(task).loss not in (Supervised.loss, TokenTask.loss):
             raise UsageError(f'task distill would leave out the loss of the task {self.task!r}', "try task='classify'")

@@ -110,7 +110,7 @@ def _prepare(
     evaluator = Evaluator(task, build_augmentation(experiment.data.preprocess), mesh)
     feeds = evaluation_feeds(experiment, splits, mesh)
     check_watched(experiment, evaluator.names(parts.abstract.variables, parts.batch))
-    record = start.record(experiment, overrides, data_fingerprint, provenance())
+    record = start.record(experiment, overrides, data_fingerprint, {'class_names': spec.class_names, **provenance()})
     run = Run(
         experiment, directory, mesh, clock, reporter, writer, facts, splits, evaluator, feeds, rate, record, spec.tokenizer
     )

@@ -11,7 +11,9 @@ from flax import linen as nn
 
 from research.core import registry
 from research.core.errors import UsageError
-from research.data.source import DataSpec
+from research.data.build import describe
+from research.data.few_labels import few_labels
+from research.data.source import ArraySource, DataSet, DataSpec
 from research.tasks.classify import Classify
 from research.tasks.consistency import FixMatch
 
@@ -237,6 +239,17 @@ def test_class_weights_and_smoothing_apply_to_the_labelled_part():
 def test_the_registry_sees_every_config_field():
     names = {field.name for field in dataclasses.fields(FixMatch)} - registry.SUPPLIED['task']
     assert set(registry.signature('task', 'fixmatch')) == names
+
+
+@pytest.mark.parametrize('mixed', [0, 3])
+def test_few_labels_and_the_task_must_agree(mixed):
+    arrays = {'image': np.zeros((40, K), np.float32), 'label': np.arange(40, dtype=np.int32) % K}
+    data = DataSet('toy', {'train': ArraySource(arrays)}, SPEC.class_names)
+    spec = describe(few_labels(labels='8 examples', unlabelled=mixed)(data))
+    assert FixMatch(model=Logits, data=spec, unlabelled=mixed).unlabelled == mixed
+    for told in {0, 3, 7} - {mixed}:
+        with pytest.raises(UsageError, match=f'has unlabelled={told}, the transform few_labels {mixed}\n'):
+            FixMatch(model=Logits, data=spec, unlabelled=told)
 
 
 WITHOUT = dataclasses.replace(SPEC, examples={k: v for k, v in SPEC.examples.items() if k != 'labelled'})

@@ -245,6 +245,17 @@ def test_a_few_steps_bring_images_to_their_captions():
     assert recall['image_to_text_recall_at_1'] == recall['text_to_image_recall_at_1'] == 1
 
 
+def test_captions_may_lie_under_another_key():
+    data = without(examples={'caption' if key == 'tokens' else key: value for key, value in SPEC.examples.items()})
+    task, batch = make(data=data, texts='caption', metrics=('retrieval',)), draw(captions=5)[0]
+    usual, outputs = make(metrics=('retrieval',)).metrics['retrieval'], vectors()
+    other = {'caption' if key == 'tokens' else key: value for key, value in batch.items()}
+    metric = task.metrics['retrieval']
+    found = metric.compute(metric.batch(outputs, other))
+    assert found == usual.compute(usual.batch(outputs, batch))
+    assert len(set(found.values())) > 1
+
+
 def test_prompts_are_rows_like_those_of_the_data():
     task = make(metrics=('retrieval', 'zero_shot'), prompt='An {}')
     rows = task.prompts

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from research.core import config_file, schema
+from research.train import hooks
 from research.train.loop import train
 
 
@@ -25,6 +26,24 @@ def experiment_of(*overrides, **sections):
         path, _, text = override.partition('=')
         config_file.override(plain, path, text)
     return schema.resolve(plain)
+
+
+@pytest.fixture
+def dies_at(monkeypatch):
+    """Has the first run that logs a given step end there, as a machine does."""
+
+    def die(step):
+        original, died = hooks.LogHook.__call__, []
+
+        def interrupted(self, now, state, terms):
+            original(self, now, state, terms)
+            if now == step and not died:
+                died.append(step)
+                raise RuntimeError('the machine is gone')
+
+        monkeypatch.setattr(hooks.LogHook, '__call__', interrupted)
+
+    return die
 
 
 @pytest.fixture

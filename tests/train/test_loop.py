@@ -81,18 +81,10 @@ CAREFUL = {
 
 @pytest.mark.parametrize('stop_at', [4, 8])
 @pytest.mark.parametrize('name', CAREFUL)
-def test_k_and_k_steps_equal_2k_bit_for_bit(run, tmp_path, monkeypatch, name, stop_at):
+def test_k_and_k_steps_equal_2k_bit_for_bit(run, dies_at, name, stop_at):
     overrides = CAREFUL[name]
     summary, records, whole = run(*overrides, folder='whole')
-    original = hooks.LogHook.__call__
-
-    def interrupted(self, step, state, terms):
-        original(self, step, state, terms)
-        if step == stop_at + 1 and not (tmp_path / 'died').exists():
-            (tmp_path / 'died').touch()
-            raise RuntimeError('the machine is gone')
-
-    monkeypatch.setattr(hooks.LogHook, '__call__', interrupted)
+    dies_at(stop_at + 1)
     with pytest.raises(RuntimeError, match='the machine is gone'):
         run(*overrides, folder='parts')
     again, records_again, parts = run(*overrides, folder='parts')

@@ -114,7 +114,56 @@ def test_a_teacher_whose_columns_were_scaled_otherwise_is_refused(taught, tmp_pa
         teacher.restore(less, spec, str(other))
 
 
-def test_a_teacher_of_other_classes_is_refused(taught):
+def test_a_teacher_of_other_transforms_is_refused_but_not_one_of_other_examples(taught, tmp_path):
+    experiment = experiment_of()
+    spec = build_splits(experiment.data)[1]
+    few = {'name': 'few_labels', 'labels': '100 examples'}
+    longer = changed(taught, tmp_path, ('data', 'transforms'), [few, {'name': 'pad', 'length': 9}])
+    with pytest.raises(UsageError, match=r"with the transforms \[\{'name': 'pad', 'length': 9\}\], the student has \[\]"):
+        teacher.restore(experiment, spec, str(longer))
+    fewer = changed(taught, tmp_path, ('data', 'transforms'), [few])
+    assert teacher.restore(experiment, spec, str(fewer))
+    assert teacher.restore(experiment_of('data.budget=5%', 'data.validation=0.2'), spec, str(fewer))
+    scaled = {'name': 'standardise'}
+    of_few = changed(taught, tmp_path, ('data', 'transforms'), [few, scaled])
+    with pytest.raises(UsageError, match=r"with the transforms \[\{'name': 'few_labels'"):  # it learnt from those few
+        teacher.restore(experiment_of('data.transforms=standardise'), spec, str(of_few))
+
+
+@pytest.mark.parametrize('key', ['source', 'validation', 'test', 'budget', 'subset_seed'])
+def test_what_learns_from_the_training_split_needs_the_same_one(taught, tmp_path, key):
+    others = {'source': {'name': 'shuttle'}, 'validation': 0.3, 'test': 0.3, 'budget': '50%', 'subset_seed': 7}
+    experiment = experiment_of('data.transforms=standardise')
+    record = RunDirectory(taught).read_run()
+    assert record['config']['data'][key] != others[key]
+    record['config']['data'] |= {'transforms': [{'name': 'standardise'}], key: others[key]}
+    (tmp_path / 'run.json').write_text(json.dumps(record))
+    with pytest.raises(UsageError, match=rf'differ by config\.data\.{key}\n'):
+        teacher.restore(experiment, build_splits(experiment_of().data)[1], str(tmp_path))
+
+
+def test_a_teacher_of_other_class_names_is_refused(taught, tmp_path):
+    experiment = experiment_of()
+    spec = build_splits(experiment.data)[1]
+    names = list(spec.class_names)
+    for classes, message in (
+        ([names[1], names[0], *names[2:]], "has the class '1' where the student has '0'"),
+        (names[:-1], "has the class None where the student has '9'"),
+        ([*names, 'x'], "has the class 'x' where the student has None"),
+    ):
+        record = {**RunDirectory(taught).read_run(), 'class_names': classes}
+        (tmp_path / 'run.json').write_text(json.dumps(record))
+        with pytest.raises(UsageError, match=message):
+            teacher.restore(experiment, spec, str(tmp_path))
+    for classes in (names, None):
+        record = {**RunDirectory(taught).read_run(), 'class_names': classes}
+        (tmp_path / 'run.json').write_text(json.dumps(record))
+        assert teacher.restore(experiment, spec, str(tmp_path))
+
+
+def test_a_teacher_of_other_classes_is_refused(taught, monkeypatch):
+    nameless = {key: value for key, value in RunDirectory(taught).read_run().items() if key != 'class_names'}
+    monkeypatch.setattr(RunDirectory, 'read_run', lambda self: nameless)
     experiment = experiment_of(*student_of(taught))
     _, spec = build_splits(experiment.data)
     fewer = dataclasses.replace(spec, class_names=spec.class_names[:4], class_counts=spec.class_counts[:4])

@@ -7,7 +7,6 @@ import sys
 
 import pytest
 
-from research.train import hooks
 from tests.train.test_loop import assert_identical, by_split, saved
 
 DECODER = 'model=decoder(depth=1, width=16, heads=2, positions="rotary")'
@@ -38,19 +37,11 @@ def texts(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('name', RUNS)
-def test_k_and_k_steps_equal_2k_bit_for_bit(run, texts, monkeypatch, tmp_path, name):
+def test_k_and_k_steps_equal_2k_bit_for_bit(run, dies_at, texts, name):
     overrides = (*TEXT, *RUNS[name])
     summary, records, whole = run(*overrides, folder='whole')
     assert summary['budget']['tokens'] > 0
-    original = hooks.LogHook.__call__
-
-    def interrupted(self, step, state, terms):
-        original(self, step, state, terms)
-        if step == 5 and not (tmp_path / 'died').exists():
-            (tmp_path / 'died').touch()
-            raise RuntimeError('the machine is gone')
-
-    monkeypatch.setattr(hooks.LogHook, '__call__', interrupted)
+    dies_at(5)
     with pytest.raises(RuntimeError, match='the machine is gone'):
         run(*overrides, folder='parts')
     again, records_again, parts = run(*overrides, folder='parts')
