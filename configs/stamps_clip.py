@@ -6,10 +6,10 @@
 
 On 153 test pictures whose captions training never saw, n = 3 seeds, standard deviations in brackets: recall at 1, 5 and 10 of
 captions for a picture 0.044 (0.032), 0.129 (0.038), 0.248 (0.024), of pictures for a caption 0.046 (0.013), 0.155 (0.029),
-0.301 (0.011); by chance about 0.007, 0.033, 0.065. Zero-shot accuracy over the 16 kinds is 0.033 (0.007), below chance (0.0625).
+0.301 (0.011); by chance about 0.007, 0.033, 0.065. Zero-shot accuracy over the 16 kinds is 0.033 (0.007), below chance (1/16).
 loss=siglip: 0.031 (0.008), 0.107 (0.042), 0.200 (0.076); 0.052 (0.007), 0.176 (0.057), 0.294 (0.051); zero-shot 0.061 (0.050).
-The model learns the training pairs by heart. `python -m bench.accuracy --config=configs/stamps_clip.py --seeds=3`; conditions in
-BENCHMARKS.md.
+The model learns the training pairs by heart. `python -m bench.accuracy --config=configs/stamps_clip.py --seeds=3`; conditions
+in BENCHMARKS.md.
 
 Do not set config.train.accumulate: the other pairs of the batch are what the loss compares with.
 """
