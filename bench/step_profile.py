@@ -14,6 +14,7 @@ import tempfile
 import jax
 
 from bench.language_model import Trainer
+from research.parallel import memory
 
 STEPS = 10
 
@@ -44,8 +45,9 @@ def milliseconds(folder: str) -> collections.Counter[str]:
 
 def main() -> None:
     """Prints the table."""
+    memory.keep_freed()  # as in a run
     trainer = Trainer()
-    trainer.steps(5)
+    trainer.steps(4 * STEPS)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             trainer.steps(STEPS)
