@@ -17,7 +17,7 @@ RUNS = {
         'data.source=text_files(path="A", split="line")',
         'data.transforms=pad(length=96), buckets(lengths=(32, 64, 96))',
     ),
-    'mixture that one part leaves': (  # B gives 2 rows of every 8 and has about 30, of which half are drawn: it leaves in step 7
+    'mixture that one part leaves': (  # B gives 2 rows of every 8, half of its 31: it leaves in step 7
         "data.source=mixture(sources=(\"text_files(path='A', split='line')\", \"text_files(path='B', split='line')\"),"
         ' weights=(3, 1), max_epochs=(None, 0.5))',
         'data.transforms=windows(length=64)',
