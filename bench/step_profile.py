@@ -1,19 +1,26 @@
 """Where the time of a step of `bench.language_model` goes, by kind of operation: the profile behind its figures.
 
     taskset -c 0 env NPROC=1 python -m bench.step_profile
+    taskset -c 0 env NPROC=1 python -m bench.step_profile --without lowering     # or memory, or both
 
 jax's profiler gives the time of every operation of the compiled program, the program's text what each one is: a matrix product
-(of XLA's Eigen or YNNPACK), or another loop with the shape of its result.
+(of XLA's Eigen or YNNPACK), or another loop with the shape of its result. `--without` tells what `models/lowering.py` and
+`parallel/memory.py` are worth.
 """
 
+import argparse
 import collections
 import pathlib
 import re
+import statistics
+import sys
 import tempfile
 
 import jax
 
+from bench.arms import timed
 from bench.language_model import Trainer
+from research.models import lowering
 from research.parallel import memory
 
 STEPS = 10
@@ -43,11 +50,19 @@ def milliseconds(folder: str) -> collections.Counter[str]:
     return times
 
 
-def main() -> None:
-    """Prints the table."""
-    memory.keep_freed()  # as in a run
+def main(argv: list[str]) -> None:
+    """Prints the milliseconds of a step, and the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--without', nargs='*', choices=('lowering', 'memory'), default=[])
+    options = parser.parse_args(argv)
+    if 'memory' not in options.without:
+        memory.keep_freed()  # as in a run
+    if 'lowering' in options.without:
+        lowering.on_cpu = lambda: False
     trainer = Trainer()
     trainer.steps(4 * STEPS)
+    blocks = [timed(lambda: trainer.steps(STEPS))['seconds'] / STEPS * 1e3 for _ in range(9)]
+    print(f'{statistics.median(blocks):8.3f} ms  a step (median of 9 blocks of {STEPS}; least {min(blocks):.3f})')
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             trainer.steps(STEPS)
@@ -65,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    main(sys.argv[1:])

@@ -27,16 +27,16 @@ DATA = {
     'fashion_resnet_fewlabels': specs.image((28, 28, 1), 10, labelled=((), np.float32)),
     'imagenet_vit_s16': specs.image((256, 256, 3), 1000),
     'shuttle_faults': specs.spec({'numeric': ((9,), np.float32), **specs.LABEL}, 2),
-    'docs_gpt': specs.windows(128, 259),
+    'docs_gpt': specs.windows(128, 264),
     'minilm_finetune': specs.padded(16, 30522, 16),
-    'speech_nl_ctc': specs.padded(112, 40, audio=((48000,), np.int16), audio_length=((), np.int32)),
-    'gcide_gpt': specs.packed(256, 8192),
+    'speech_nl_ctc': specs.padded(112, 40, audio=((40000,), np.int16), audio_length=((), np.int32)),
+    'gcide_gpt': specs.packed(256, 4096),
     'poetry_zh_gpt': specs.packed(128, 6000),
     'gpt2_124m': specs.windows(1024, 50304),
     'llama_1b': specs.windows(2048, 128256),
-    'help_en_de_seq2seq': specs.pairs(64, 64, 8192),
+    'help_en_de_seq2seq': specs.pairs(64, 64, 4096),
     'bert_base_mlm': specs.packed(511, 30522),
-    'stamps_clip': specs.padded(24, 1000, 16, image=((64, 64, 3), np.uint8)),
+    'stamps_clip': specs.padded(16, 1000, 16, image=((64, 64, 3), np.uint8)),
 }
 
 

@@ -24,7 +24,7 @@ def chosen(num_batches: int, limit: int | None) -> list[int]:
 
 
 class Evaluator:
-    """Evaluates variables on batches; compiled once for all splits, whose batches have one shape."""
+    """Evaluates variables on batches; compiled once for each shape of their batches, of which padding buckets have several."""
 
     def __init__(self, task: Task, preprocess: Augmentation, mesh: Mesh):
         self.task = task
