@@ -36,7 +36,7 @@ DATA = {
     'llama_1b': specs.windows(2048, 128256),
     'help_en_de_seq2seq': specs.pairs(64, 64, 4096),
     'bert_base_mlm': specs.packed(511, 30522),
-    'stamps_clip': specs.padded(16, 1000, 16, image=((64, 64, 3), np.uint8)),
+    'stamps_clip': specs.padded(24, 1000, 16, image=((64, 64, 3), np.uint8)),  # 16 there: here a token is a letter
 }
 
 

@@ -8,9 +8,9 @@ Shape letters: B batch, T queries, S keys, H query heads, G key and value heads,
 
 Four habits of XLA on CPU slow a Transformer's gradient down (jax 0.10.2; `python -m bench.step_profile --without lowering`; the
 figures are in BENCHMARKS.md): sums along the residual stream are fused into each of their readers, and so computed again in
-every layer; the gradient of a weight over two axes (B, T) copies both factors; a product of (M, N) and (M, K) over M takes longer
-if N > K; and a sum over keys that is fused with what it adds up goes number by number. Elsewhere XLA's own choices stand: on a
-GPU or TPU these functions are what they replace.
+every layer; the gradient of a weight over two axes (B, T) copies both factors; a product of (M, N) and (M, K) over M is
+slower if N > K; and a sum over keys that is fused with what it adds up goes number by number. On a GPU or TPU these
+functions are what they replace.
 """
 
 import functools

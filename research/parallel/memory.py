@@ -1,8 +1,8 @@
 """How the process keeps the memory that it frees, and in which pages.
 
 XLA's CPU runtime asks for all working memory of a step at once and frees it at its end. glibc maps a block of over 32 MB afresh
-each time and gives it back, so every step pays for thousands of page faults; kept memory costs none, and in huge pages (2 MB) it
-needs few entries of the processor's table of translations. `python -m bench.step_profile --without memory` tells what that is
+each time and gives it back, so every step pays for thousands of page faults; kept memory costs none, and in huge pages (2 MB)
+it needs few entries of the processor's table of translations. `python -m bench.step_profile --without memory` tells what it is
 worth for a small GPT; the figures are in BENCHMARKS.md.
 """
 
