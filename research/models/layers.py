@@ -3,7 +3,6 @@
 Shape letters: B batch, H height, W width, C channels.
 """
 
-import math
 from collections.abc import Iterable
 
 import jax
@@ -11,12 +10,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from research.core.errors import UsageError, nearest
+from research.models import lowering
 
 ACTIVATIONS = {
     'relu': nn.relu,
     'relu2': lambda x: jnp.square(nn.relu(x)),  # So et al., 2021
     'gelu': nn.gelu,  # the tanh approximation, as GPT-2
-    'gelu_exact': lambda x: 0.5 * x * (1 + jax.lax.erf(x / math.sqrt(2))),  # as BERT and PyTorch; flax takes the slower erfc
+    'gelu_exact': lowering.gelu,
     'silu': nn.silu,
     'tanh': nn.tanh,
 }
@@ -75,34 +75,43 @@ def norm(kind: str, x: jax.Array, train: bool, *, name: str | None = None, scale
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation (Ba et al., 2016, equation 4) of x (..., D), with leaves `scale` and `bias` (D,).
+    """Layer normalisation (Ba et al., 2016, equation 4) of x (..., D), with leaves `scale` and, if asked for, `bias` (D,).
 
     As `nn.LayerNorm(use_fast_variance=False)`, but x less its mean is one value for both the variance and the result, which
     saves a sum over D and two passes over x in the gradient.
     """
 
     epsilon: float
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param('scale', nn.initializers.ones, x.shape[-1:])
-        bias = self.param('bias', nn.initializers.zeros, x.shape[-1:])
         x = jnp.asarray(x)
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        centred = wide - wide.mean(-1, keepdims=True)
+        centred = lowering.materialised(wide - wide.mean(-1, keepdims=True))
         inverse = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.epsilon)  # (..., 1)
-        return (centred * inverse * scale + bias).astype(jnp.promote_types(x.dtype, scale.dtype))
+        found = centred * inverse * scale
+        if self.use_bias:
+            found = found + self.param('bias', nn.initializers.zeros, x.shape[-1:])
+        return found.astype(jnp.promote_types(x.dtype, scale.dtype))
 
 
-def make_norm(kind: str, epsilon: float, name: str | None = None) -> nn.Module:
+def make_norm(kind: str, epsilon: float, name: str | None = None, bias: bool = True) -> nn.Module:
     """A normalisation of the last axis as a module: 'layer' (Ba et al., 2016) or 'rms' (Zhang and Sennrich, 2019).
 
     The statistics are float32 at least, the variance the mean of squared differences; the result has the wider of the types of
     input and scale.
+
+    Args:
+      kind: 'layer' or 'rms'.
+      epsilon: added to the variance or the mean of squares.
+      name: of the module.
+      bias: whether layer normalisation adds a bias; that by the mean of squares never does.
     """
     check_choice('norm', kind, ('layer', 'rms'))
     if kind == 'layer':
-        return LayerNorm(epsilon, name=name)
+        return LayerNorm(epsilon, bias, name=name)
     return nn.RMSNorm(epsilon=epsilon, name=name)
 
 

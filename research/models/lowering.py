@@ -5,12 +5,13 @@ Shape letters: B batch, T queries, S keys, H query heads, G key and value heads,
 
     nn.Dense(64, dot_general=product)          # the same values as nn.Dense(64)
     x = materialised(x + y)                    # the same values as x + y
+    y = gelu(x)                                # the same values as jax.nn.gelu(x, approximate=False)
 
-Four habits of XLA on CPU slow a Transformer's gradient down (jax 0.10.2; `python -m bench.step_profile --without lowering`; the
-figures are in BENCHMARKS.md): sums along the residual stream are fused into each of their readers, and so computed again in
-every layer; the gradient of a weight over two axes (B, T) copies both factors; a product of (M, N) and (M, K) over M is
-slower if N > K; and a sum over keys that is fused with what it adds up goes number by number. On a GPU or TPU these
-functions are what they replace.
+Habits of XLA on CPU that slow a Transformer's gradient down (jax 0.10.2; `python -m bench.step_profile --without lowering`; the
+figures are in BENCHMARKS.md): what several read is fused into each of them, and so computed again, also where they read it
+transposed; the gradient of a weight over two axes (B, T) copies both factors; a product of (M, N) and (M, K) over M is slower
+than one of (N, M) and (M, K), most of all if N > K; axes of length one cost a copy of the whole product; and a sum over keys
+that is fused with what it adds up goes number by number. On a GPU or TPU these functions are what they replace.
 """
 
 import functools
@@ -19,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.experimental.xla_metadata import set_xla_metadata
 
 _barrier = jax.jit(lambda x: jax.lax.optimization_barrier(x))
@@ -45,7 +47,8 @@ def product(lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any, *args: Any, 
     """`jax.lax.dot_general`, as one product of two matrices where the last axes of `lhs` meet the first of `rhs`.
 
     The gradients are then such products too, over one axis, which need no copies. That of `rhs` (K, N) is taken transposed
-    where K > N, from a transposed copy of `rhs`, which pays off for K rows or more (not in decoding, which has one).
+    where K > N, from a transposed copy of `rhs`, which pays off for K rows or more (not in decoding, which has one); where
+    K = N, from a transposed copy of `lhs`, which query, key and value share.
     """
     (contract_lhs, contract_rhs), batch = dimension_numbers
     count = len(contract_lhs)
@@ -55,18 +58,68 @@ def product(lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any, *args: Any, 
     rows, columns = lhs.shape[: lhs.ndim - count], rhs.shape[count:]
     inner = math.prod(rhs.shape[:count])
     lhs, rhs = lhs.reshape(math.prod(rows), inner), rhs.reshape(inner, math.prod(columns))
-    # Written down on both sides of the transposition, so that its gradient is not fused into every step of the optimiser.
+
+    def over(lhs: jax.Array, rhs: jax.Array, axis_lhs: int, axis_rhs: int) -> jax.Array:
+        return jax.lax.dot_general(lhs, rhs, (((axis_lhs,), (axis_rhs,)), ((), ())), *args, **options)
+
+    # Written down on both sides of a transposition, so that neither it nor its gradient is fused into what surrounds it.
     if inner > rhs.shape[1] and lhs.shape[0] >= inner:
-        found = jax.lax.dot_general(lhs, materialised(materialised(rhs).T), (((1,), (1,)), ((), ())), *args, **options)
+        found = over(lhs, materialised(materialised(rhs).T), 1, 1)
+    elif inner == rhs.shape[1]:
+        found = _square(over, materialised(lhs), rhs)
     else:
-        found = jax.lax.dot_general(lhs, rhs, (((1,), (0,)), ((), ())), *args, **options)
+        found = over(lhs, rhs, 1, 0)
     return found.reshape(*rows, *columns)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _square(over: Any, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    """`over(lhs, rhs, 1, 0)`, whose gradient by `rhs` is a product with a transposed copy of `lhs`."""
+    return over(lhs, rhs, 1, 0)
+
+
+@functools.partial(_square.defjvp, symbolic_zeros=True)
+def _square_jvp(over: Any, primals: Any, tangents: Any) -> tuple[jax.Array, Any]:
+    (lhs, rhs), (by_lhs, by_rhs) = primals, tangents
+    terms = []
+    if not isinstance(by_lhs, SymbolicZero):
+        terms.append(over(by_lhs, rhs, 1, 0))
+    if not isinstance(by_rhs, SymbolicZero):
+        terms.append(over(materialised(lhs.T), by_rhs, 0, 0))
+    found = _square(over, lhs, rhs)
+    return found, sum(terms[1:], terms[0]) if terms else jnp.zeros_like(found)
+
+
+@jax.custom_jvp
+def gelu(x: jax.Array) -> jax.Array:
+    """x * P(X <= x) of a standard normal X (Hendrycks and Gimpel, 2016): as BERT and PyTorch; flax takes the slower erfc.
+
+    The gradient keeps the slope, which is computed with the value, and nothing else.
+    """
+    return 0.5 * x * (1 + jax.lax.erf(x / math.sqrt(2)))
+
+
+@gelu.defjvp
+def _gelu_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    if on_cpu():
+        with set_xla_metadata(inlineable='false'):
+            value, slope = _gelu_and_slope(*primals)
+    else:
+        value, slope = _gelu_and_slope(*primals)
+    return value, slope * tangents[0]
+
+
+@jax.jit
+def _gelu_and_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    below = 0.5 * (1 + jax.lax.erf(x / math.sqrt(2)))
+    return x * below, below + x * jnp.exp(-0.5 * jnp.square(x)) / math.sqrt(2 * math.pi)
 
 
 def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
     """What `jax.nn.dot_product_attention` computes, with the heads before the length; (B, T, H, K).
 
-    The sum over the keys divides the values found and not their weights, so neither pass touches (T, S) for it.
+    The queries of the heads that share a key follow each other, so that all products are of four axes. The sum over the keys
+    divides the values found and not their weights, so neither pass touches (T, S) for it.
 
     Args:
       query: (B, T, H, K).
@@ -76,16 +129,19 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Arra
     """
     batch, length, heads, size = query.shape
     groups, wide = key.shape[2], jnp.promote_types(query.dtype, jnp.float32)
+    repeats = heads // groups
     by_batch = functools.partial(jax.lax.dot_general, preferred_element_type=wide)
-    query = query * jnp.asarray(1 / math.sqrt(size), query.dtype)
-    by_group = query.reshape(batch, length, groups, heads // groups, size).transpose(0, 2, 3, 1, 4)  # (B, G, H/G, T, K)
+    query = query.reshape(batch, length, groups, repeats, size).transpose(0, 2, 3, 1, 4)  # (B, G, H/G, T, K)
+    query = query.reshape(batch, groups, repeats * length, size)
     key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)  # (B, G, S, K)
-    scores = by_batch(by_group, key, (((4,), (3,)), ((0, 1), (0, 1))))  # (B, G, H/G, T, S)
+    scores = by_batch(query, key, (((3,), (3,)), ((0, 1), (0, 1)))) / math.sqrt(size)  # (B, G, H/G T, S)
     if mask is not None:  # added, so that the gradient needs no second selection
-        scores = scores + jnp.where(mask, 0, -0.7 * jnp.finfo(jnp.float32).max).astype(wide)[:, :, None]
+        hidden = jnp.where(mask, 0, -0.7 * jnp.finfo(jnp.float32).max).astype(wide)
+        scores = scores + jnp.tile(jnp.broadcast_to(hidden, (*hidden.shape[:2], length, hidden.shape[3])), (1, 1, repeats, 1))
+    scores = materialised(scores)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    found = by_batch(weights.astype(value.dtype), value, (((4,), (2,)), ((0, 1), (0, 1))))  # (B, G, H/G, T, K)
+    found = by_batch(weights.astype(value.dtype), value, (((3,), (2,)), ((0, 1), (0, 1))))  # (B, G, H/G T, K)
     # Broadcast before it is written down, so that its gradient is a sum of numbers that are written down too.
     share = materialised(jnp.broadcast_to(1 / weights.sum(-1, keepdims=True), found.shape))
-    found = (found * share).astype(value.dtype)
+    found = (found * share).astype(value.dtype).reshape(batch, groups, repeats, length, size)
     return found.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, size)  # (B, T, H, K)

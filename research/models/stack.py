@@ -46,7 +46,7 @@ class LayerOptions:
       rotary: whether queries and keys are rotated by their positions.
       rotary_theta: base of the rotary frequencies.
       rotary_scaling: see `attention.rotation`.
-      bias: whether projections have biases. A LayerNorm always has one.
+      bias: whether projections and layer normalisations have biases.
       qk_norm: see `Attention`.
       dropout: rate after attention, cross-attention and feed-forward; not on attention weights, which flash kernels never hold.
       init_std: standard deviation of fresh kernels.
@@ -103,7 +103,7 @@ class LayerOptions:
 
     def make_norm(self) -> nn.Module:
         """One normalisation layer."""
-        return layers.make_norm(self.norm, self.norm_eps)
+        return layers.make_norm(self.norm, self.norm_eps, bias=self.bias)
 
     def make_attention(self, out_std: float) -> Attention:
         """One attention layer."""

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from research.core.errors import UsageError
-from research.models import layers
+from research.models import layers, lowering
 from research.models.stack import empty_cache
 from research.models.transformer_base import PARTITION_RULES as PARTITION_RULES
 from research.models.transformer_base import Transformer, embedded
@@ -72,7 +72,7 @@ class Decoder(Transformer):
 
     def head(self, features: jax.Array) -> jax.Array:
         """Logits (..., V) of features (..., D)."""
-        return self.embed.attend(features) if self.tied else self.projection(features)
+        return lowering.materialised(self.embed.attend(features) if self.tied else self.projection(features))
 
     @nn.nowrap
     def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> dict[str, Any]:
@@ -149,7 +149,7 @@ class Encoder(Transformer):
         if self.segment_types:
             self.segment_type = self.make_embed(self.segment_types)
         if self.embed_norm:
-            self.embedding_norm = layers.make_norm(self.norm, self.norm_eps, name='embed_norm')
+            self.embedding_norm = layers.make_norm(self.norm, self.norm_eps, 'embed_norm', self.bias)
         self.drop = nn.Dropout(self.dropout)
         self.stack = self.make_stack(self.depth)
         if self.pooling == 'first':

@@ -59,7 +59,7 @@ class Transformer(nn.Module):
       max_length: P, how many positions are learned.
       rotary_theta: base of the rotary frequencies.
       rotary_scaling: (factor, low, high, original length) of Llama 3.1, see `attention.rotation`.
-      bias: whether projections have biases.
+      bias: whether projections and layer normalisations have biases.
       qk_norm: RMS normalisation of queries and keys.
       tied: whether the last layer is the transposed embedding.
       dropout: rate after the embedding and in every block.

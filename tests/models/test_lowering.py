@@ -11,6 +11,8 @@ from flax import linen as nn
 
 from research.models import layers, lowering
 
+CONTRACT = (((1,), (0,)), ((), ()))
+
 
 def arrays(*shapes):
     generator = np.random.default_rng(0)
@@ -25,7 +27,10 @@ def program(function, *arguments):
     ('left', 'right', 'contract'),
     [
         ((2, 3, 5), (5, 7), ((2,), (0,))),
-        ((2, 3, 7), (7, 5), ((2,), (0,))),  # through the transposed copy
+        ((2, 3, 7), (7, 5), ((2,), (0,))),
+        ((2, 4, 7), (7, 5), ((2,), (0,))),  # through a transposed copy of the right
+        ((2, 3, 6), (6, 6), ((2,), (0,))),  # through one of the left
+        ((2, 3, 6), (6, 3, 2), ((2,), (0,))),
         ((2, 3, 5), (5, 4, 2), ((2,), (0,))),
         ((2, 3, 4, 2), (4, 2, 5), ((2, 3), (0, 1))),
         ((3, 5), (7, 5), ((1,), (1,))),  # of another form: as it is
@@ -55,6 +60,32 @@ def test_a_few_rows_are_not_worth_a_transposed_copy():
     few, many = (program(lambda x: lowering.product(x, kernel, (((1,), (0,)), ((), ()))), x) for x in arrays((1, 64), (64, 64)))
     assert ' call(' not in few
     assert ' call(' in many
+
+
+def test_square_products_of_one_input_share_its_transposed_copy():
+    x, query, key = arrays((24, 8), (8, 8), (8, 8))
+
+    def loss(query, key, x):
+        x = jnp.cos(x)
+        return jnp.sum(jnp.sin(lowering.product(x, query, CONTRACT) * lowering.product(x, key, CONTRACT)))
+
+    text = program(jax.grad(loss, (0, 1)), query, key, x)
+    assert len(re.findall(r' = f32\[8,24\]\S+ call\(', text)) == 1
+    assert len(re.findall(r' dot\(.*lhs_contracting_dims=\{1\}, rhs_contracting_dims=\{0\}', text)) == 4
+    # Of an input or a kernel without a gradient (frozen, or the first layer's) nothing is computed.
+    assert ' dot(' not in program(lambda t: jax.jvp(lambda y: lowering.product(x, query, CONTRACT) + y, (x,), (t,))[1], x)
+    only = program(lambda t: jax.jvp(lambda y: lowering.product(y, query, CONTRACT), (x,), (t,))[1], x)
+    assert only.count(' dot(') == 1, only
+
+
+def test_gelu_and_its_derivatives_are_those_of_jax():
+    x = jnp.linspace(-6, 6, 241)
+    exact = functools.partial(jax.nn.gelu, approximate=False)
+    ours, theirs = lowering.gelu, exact
+    for _ in range(3):  # itself, its slope, and the slope of that
+        np.testing.assert_allclose(jax.vmap(ours)(x), jax.vmap(theirs)(x), rtol=2e-6, atol=1e-6)
+        ours, theirs = jax.grad(ours), jax.grad(theirs)
+    assert jax.jit(jax.grad(lambda x: lowering.gelu(x).sum()))(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize('groups', [4, 2, 1])
@@ -106,12 +137,14 @@ def test_elsewhere_the_functions_are_what_they_replace(monkeypatch):
     assert lowering.materialised(x) is x
     given = functools.partial(lowering.product, dimension_numbers=(((2,), (0,)), ((), ())))
     assert str(jax.make_jaxpr(given)(x, y)).count('reshape') == 0
+    assert 'inlineable' not in jax.jit(jax.vmap(jax.grad(lowering.gelu))).lower(x.reshape(-1)).as_text()
 
 
-def test_layer_norm_is_that_of_flax():
+@pytest.mark.parametrize('bias', [True, False])
+def test_layer_norm_is_that_of_flax(bias):
     (x,) = arrays((4, 6, 32))
     x = x * 3 + 100  # where the mean of squares less the square of the mean would lose digits
-    ours, theirs = layers.LayerNorm(1e-5), nn.LayerNorm(epsilon=1e-5, use_fast_variance=False)
+    ours, theirs = layers.LayerNorm(1e-5, bias), nn.LayerNorm(epsilon=1e-5, use_bias=bias, use_fast_variance=False)
     variables = theirs.init(jax.random.key(0), x)
     assert jax.tree.map(jnp.shape, ours.init(jax.random.key(0), x)) == jax.tree.map(jnp.shape, variables)
     variables = jax.tree.map(lambda v: v + np.linspace(-1, 1, 32, dtype=np.float32), variables)
