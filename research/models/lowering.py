@@ -47,8 +47,8 @@ def product(lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any, *args: Any, 
     """`jax.lax.dot_general`, as one product of two matrices where the last axes of `lhs` meet the first of `rhs`.
 
     The gradients are then such products too, over one axis, which need no copies. That of `rhs` (K, N) is taken transposed
-    where K > N, from a transposed copy of `rhs`, which pays off for K rows or more (not in decoding, which has one); where
-    K = N, from a transposed copy of `lhs`, which query, key and value share.
+    where K > N, from a transposed copy of `rhs`, and where K = N from one of `lhs`, which query, key and value share. Both pay
+    off for K rows or more (not in decoding, which has one).
     """
     (contract_lhs, contract_rhs), batch = dimension_numbers
     count = len(contract_lhs)
@@ -63,9 +63,10 @@ def product(lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any, *args: Any, 
         return jax.lax.dot_general(lhs, rhs, (((axis_lhs,), (axis_rhs,)), ((), ())), *args, **options)
 
     # Written down on both sides of a transposition, so that neither it nor its gradient is fused into what surrounds it.
-    if inner > rhs.shape[1] and lhs.shape[0] >= inner:
+    many = lhs.shape[0] >= inner
+    if many and inner > rhs.shape[1]:
         found = over(lhs, materialised(materialised(rhs).T), 1, 1)
-    elif inner == rhs.shape[1]:
+    elif many and inner == rhs.shape[1]:
         found = _square(over, materialised(lhs), rhs)
     else:
         found = over(lhs, rhs, 1, 0)
