@@ -4,8 +4,8 @@
     python launch.py --config=configs/docs_gpt.py:tokenizer=bpe
 
 Test perplexity of a byte 8.77 with standard deviation 0.17, 3.134 bits per byte (0.027), n = 5 seeds: `python -m bench.accuracy
---config=configs/docs_gpt.py --seeds=5`. With tokenizer=bpe 2.633 bits per byte (0.031), n = 3: of the same number of tokens, which
-hold more text. Conditions in BENCHMARKS.md.
+--config=configs/docs_gpt.py --seeds=5`. With tokenizer=bpe 2.633 bits per byte (0.031), n = 3: of the same number of tokens,
+which hold more text. Conditions in BENCHMARKS.md.
 """
 
 from research.core.schema import choose, default_config

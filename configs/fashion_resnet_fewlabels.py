@@ -5,10 +5,10 @@
     python launch.py --config=configs/fashion_resnet_fewlabels.py:recipe=supervised
     python launch.py --config=configs/fashion_resnet_fewlabels.py:labels=1000,steps=4000
 
-Test accuracy after 1,000 steps: by the labels alone 77.40 % with standard deviation 0.71, n = 3 seeds; FixMatch 75.59 %, n = 1
-seed (0), so without a standard deviation: in so few steps, a quarter of whose examples have labels, it does not help yet.
-`python -m bench.accuracy --config=configs/fashion_resnet_fewlabels.py:recipe=supervised --seeds=3`, without the recipe and with
---seeds=1 for FixMatch; conditions in BENCHMARKS.md. labels=1000 is not measured here.
+Test accuracy after 1,000 steps: by the labels alone 77.40 % with standard deviation 0.71, n = 3 seeds; FixMatch 75.50 % (0.67),
+n = 3: in so few steps, a quarter of whose examples have labels, it does not help yet. `python -m bench.accuracy
+--config=configs/fashion_resnet_fewlabels.py:recipe=supervised --seeds=3`, without the recipe for FixMatch; conditions in
+BENCHMARKS.md. labels=1000 is not measured here.
 """
 
 from research.core.schema import default_config
