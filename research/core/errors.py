@@ -21,6 +21,8 @@ class ExitCode(enum.IntEnum):
     STOPPED = 75  # stopped on request; the same command resumes
     NUMERICAL = 76
     PERMISSION = 77
+    WATCHDOG = 124  # no progress within the bound of a phase; the same command resumes
+    PEER_LOST = 134  # another process of this run is gone; the same command resumes (also what jax's own abort gives)
 
 
 class FulcrumError(Exception):
@@ -61,10 +63,26 @@ class NumericalError(FulcrumError):
     exit_code = ExitCode.NUMERICAL
 
 
+class PeerLostError(FulcrumError):
+    """Another process of this run is gone, so that no step can be finished."""
+
+    exit_code = ExitCode.PEER_LOST
+
+
+class Interrupted(KeyboardInterrupt):
+    """Raised by the signal handler where the main thread may be left at once; `name` is the signal's."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.name = name
+
+
 def explain(error: BaseException) -> tuple[str, ExitCode]:
     """What a failed command prints, at most two lines, and its exit code."""
     if isinstance(error, FulcrumError):
         return str(error), error.exit_code
+    if isinstance(error, Interrupted):
+        return f'stopped by {error.name}; nothing was lost\n  fix: the same command goes on', ExitCode.STOPPED
     if isinstance(error, KeyboardInterrupt):
         return 'ended at once\n  fix: the same command goes on from the last checkpoint', ExitCode.STOPPED
     code = ExitCode.PERMISSION if isinstance(error, PermissionError) else ExitCode.STORAGE

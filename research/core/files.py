@@ -40,10 +40,29 @@ def json_line(record: dict[str, Any]) -> str:
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a JSON-lines file; a torn last line (the writer was killed) is left out."""
-    with open(path, encoding='utf-8') as file:
+    with open(path, 'rb') as file:
         for line in file:
-            if line.endswith('\n'):
-                yield json.loads(line)
+            record = parse_line(line)
+            if record is not None:
+                yield record
+
+
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """The record of one line of JSON lines; None for a torn or damaged one."""
+    try:
+        record = json.loads(line) if line.endswith(b'\n') else None
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def sync_folder(path: Path) -> None:
+    """Brings the names in a folder (a rename, a new file) down to the disk."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def finite(value: Any) -> Any:

@@ -1,0 +1,284 @@
+"""The guardian: a thread that watches the main thread. It hears signals, bounds every phase, and gives signs of life.
+
+    with guardian.watching() as watch:           # from the start of the process
+        watch.enter('compile')                   # the phase has its own bound; `core.clock.Clock` calls this
+        guardian.beat()                          # progress inside a phase
+
+*Signals.* Python runs a signal handler only when the main thread is back from C++, where it may spend minutes (a compilation). The
+C-level handler writes a byte into a pipe at once, and the guardian reads it. The first signal asks the run to stop: where the main
+thread has nothing to lose (`NOTHING_TO_LOSE`) the process ends after `START_GRACE_S`, elsewhere after `grace` seconds unless the
+main thread has saved and gone before. The second ends the process at once.
+
+*Hangs.* Each phase has a bound in seconds (`LIMITS`). When it is over without a beat, every thread's stack goes to the stack file
+and the process ends with 124. If the guardian cannot run itself, because something holds Python's lock, two timers of C do the
+same some seconds later: `faulthandler` writes the stacks, and a POSIX timer calls `_exit(124)`. (Without `timer_create`, as on
+macOS, faulthandler ends the process, with code 1.)
+"""
+
+import contextlib
+import ctypes
+import faulthandler
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import IO, Any
+
+from research.core.errors import ExitCode, Interrupted
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+NOTHING_TO_LOSE = ('start', 'restore', 'compile')  # no step is done that is not on disk
+LEAVE_AT_ONCE = ('data', 'evaluate')  # where a single process may be interrupted anywhere without loss
+LIMITS = {'start': 1800.0, 'restore': 3600.0, 'compile': 3600.0, 'data': 1800.0, 'train': 1800.0, 'evaluate': 1800.0, 'save': 3600.0}
+START_GRACE_S = 3.0
+TICK_S = 0.25
+SLACK_S = 3.0  # the timers of C come so much later than the guardian
+
+
+class Guardian:
+    """Watches from `start` to `close`. One at a time in a process, made by `watching`.
+
+    Attributes:
+      stopped: name of the first signal; None as long as none came.
+      alone: this process may stop without asking others.
+      grace: seconds from the first signal to the end, saved or not.
+      on_stop: called in the guardian's thread with the name of the first signal.
+      last_words: called with (status, exit code) before the guardian ends the process.
+    """
+
+    def __init__(self, since: float | None = None) -> None:
+        self.since = time.monotonic() if since is None else since
+        self.stopped: str | None = None
+        self.alone, self.grace = True, 25.0
+        self.limits = dict(LIMITS)
+        self.phase = 'start'
+        self.on_stop: Callable[[str], None] | None = None
+        self.last_words: Callable[[str, int], None] | None = None
+        self._beat = time.monotonic()
+        self._stopped_at: float | None = None
+        self._signals = 0
+        self._tasks: list[tuple[float, Callable[[], None]]] = []
+        self._due: list[float] = []
+        self._stacks: IO[str] = sys.__stderr__ or sys.stderr
+        self._close = threading.Event()
+        self._thread = threading.Thread(target=self._work, name='guardian', daemon=True)
+        self._before: dict[int, Any] = {}
+        self._timer = Timer()
+        self._armed = 0.0
+
+    def start(self) -> None:
+        """Takes the signals, if this is the main thread, and begins to watch."""
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        if threading.current_thread() is threading.main_thread():
+            self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        self._thread.start()
+
+    def close(self) -> None:
+        """Gives the signals back and ends the thread and its timers."""
+        self._close.set()
+        self._thread.join()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self._before:
+            signal.set_wakeup_fd(self._wakeup)
+        faulthandler.cancel_dump_traceback_later()
+        self._timer.cancel()
+        os.close(self._read)
+        os.close(self._write)
+        if self._stacks is not (sys.__stderr__ or sys.stderr):
+            self._stacks.close()
+
+    def enter(self, phase: str) -> None:
+        """The main thread is in `phase` now."""
+        self.phase, self._beat = phase, time.monotonic()
+
+    def beat(self) -> None:
+        """The main thread has come a step further."""
+        self._beat = time.monotonic()
+
+    def every(self, seconds: float, task: Callable[[], None]) -> None:
+        """Calls `task` in the guardian's thread every so many seconds; an exception of it ends the process by its code."""
+        self._tasks.append((seconds, task))
+        self._due.append(time.monotonic() + seconds)
+
+    def forget(self) -> None:
+        """Drops tasks and callbacks: what they belong to is over."""
+        self._tasks, self._due, self.on_stop, self.last_words, self.alone = [], [], None, None, True
+
+    def stacks_to(self, path: str | os.PathLike[str]) -> None:
+        """Stacks go to this file from now on."""
+        self._stacks = open(path, 'a', encoding='utf-8')  # noqa: SIM115 - open as long as the guardian
+        self._armed = 0.0
+
+    def end(self, status: str, code: int, message: str) -> None:
+        """Ends the process without the main thread, which may be stuck: last words, then `_exit`."""
+        with contextlib.suppress(Exception):
+            if sys.stdout.isatty():
+                sys.stdout.write('\x1b[?25h')  # the progress bar hid the cursor
+            sys.stderr.write(f'\nerror: {message}\n')
+            sys.stdout.flush()
+            sys.stderr.flush()
+        with contextlib.suppress(Exception):
+            if self.last_words is not None:
+                self.last_words(status, code)
+        os._exit(code)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        """In the main thread, as soon as it runs Python again."""
+        del frame
+        self._first(signal.Signals(number).name)
+        if self.phase in NOTHING_TO_LOSE or (self.alone and self.phase in LEAVE_AT_ONCE):
+            raise Interrupted(signal.Signals(number).name)
+
+    def _first(self, name: str) -> None:
+        if self.stopped is None:
+            self.stopped, self._stopped_at = name, time.monotonic()
+
+    def _work(self) -> None:
+        while not self._close.is_set():
+            ready, _, _ = select.select([self._read], [], [], TICK_S)
+            for number in os.read(self._read, 64) if ready else b'':
+                if number in self._before:
+                    self._hear(signal.Signals(number).name)
+            self._check_grace()
+            self._check_progress()
+            self._run_tasks()
+
+    def _hear(self, name: str) -> None:
+        self._signals += 1
+        if self._signals > 1:
+            self.end('KeyboardInterrupt', ExitCode.STOPPED, 'ended at once\n  fix: the same command goes on from the last checkpoint')
+        self._first(name)
+        sys.stderr.write(f'\n{name}: stopping after this step, and saving; once more to quit at once\n')
+        if self.on_stop is not None:
+            self.on_stop(name)
+
+    def _check_grace(self) -> None:
+        if self._stopped_at is None:
+            return
+        waited = time.monotonic() - self._stopped_at
+        if self.phase in NOTHING_TO_LOSE and waited > START_GRACE_S:
+            self.end('StoppedError', ExitCode.STOPPED, f'stopped by {self.stopped}; nothing was lost\n  fix: the same command goes on')
+        if waited > self.grace:
+            fix = 'the same command goes on from the last checkpoint; config.train.grace_seconds gives more time'
+            told = f'stopped by {self.stopped}, but nothing could be saved within {self.grace:.0f} s ({self.phase})'
+            self.end('StoppedError', ExitCode.STOPPED, f'{told}\n  fix: {fix}')
+
+    def _check_progress(self) -> None:
+        limit, beat = self.limits.get(self.phase, max(self.limits.values())), self._beat
+        left = beat + limit - time.monotonic()
+        if left <= 0:
+            self._dump()
+            where = getattr(self._stacks, 'name', 'standard error')
+            self.end(
+                'WatchdogError',
+                ExitCode.WATCHDOG,
+                f'no progress for {limit:.0f} s in phase {self.phase!r}; the stack of every thread is in {where}\n'
+                f'  fix: the same command goes on from the last checkpoint; config.watchdog.{self.phase} is the bound',
+            )
+        if abs(beat + limit - self._armed) > TICK_S:
+            self._armed = beat + limit
+            faulthandler.dump_traceback_later(left + SLACK_S, file=self._stacks, exit=not self._timer.exists)
+            self._timer.arm(left + SLACK_S + 1.0)
+
+    def _dump(self) -> None:
+        with contextlib.suppress(Exception):
+            self._stacks.write(f'\nphase {self.phase!r} at {time.strftime("%Y-%m-%dT%H:%M:%S%z")}\n')
+            self._stacks.flush()
+            faulthandler.dump_traceback(file=self._stacks, all_threads=True)
+
+    def _run_tasks(self) -> None:
+        now = time.monotonic()
+        for i, (seconds, task) in enumerate(self._tasks):
+            if now >= self._due[i]:
+                self._due[i] = now + seconds
+                try:
+                    task()
+                except Exception as error:  # noqa: BLE001 - there is nobody above this thread to catch it
+                    code = int(getattr(error, 'exit_code', 1))
+                    self.end(type(error).__name__, code, str(error))
+
+
+class Timer:
+    """A POSIX timer that calls `_exit(124)` in a thread of C: it needs no Python, so a held lock cannot stop it."""
+
+    def __init__(self) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        self.exists = all(hasattr(libc, name) for name in ('timer_create', 'timer_settime', '_exit'))
+        if not self.exists:
+            return
+        event = _Event(value=int(ExitCode.WATCHDOG), notify=2, function=ctypes.cast(libc._exit, ctypes.c_void_p).value)
+        self._libc, self._id = libc, ctypes.c_void_p()
+        self.exists = libc.timer_create(time.CLOCK_MONOTONIC, ctypes.byref(event), ctypes.byref(self._id)) == 0
+
+    def arm(self, seconds: float) -> None:
+        """Goes off after `seconds`, unless it is armed anew before."""
+        if self.exists:
+            whole = int(seconds)
+            when = (ctypes.c_long * 4)(0, 0, whole, int((seconds - whole) * 1e9))  # interval, then value: seconds, nanoseconds
+            self._libc.timer_settime(self._id, 0, when, None)
+
+    def cancel(self) -> None:
+        """Never goes off."""
+        if self.exists:
+            self._libc.timer_settime(self._id, 0, (ctypes.c_long * 4)(), None)
+            self._libc.timer_delete(self._id)
+            self.exists = False
+
+
+class _Event(ctypes.Structure):
+    """`struct sigevent` of Linux with SIGEV_THREAD (2): 64 bytes."""
+
+    _fields_ = (
+        ('value', ctypes.c_void_p),
+        ('signal', ctypes.c_int),
+        ('notify', ctypes.c_int),
+        ('function', ctypes.c_void_p),
+        ('attributes', ctypes.c_void_p),
+        ('rest', ctypes.c_char * 32),
+    )
+
+
+_current: Guardian | None = None
+
+
+@contextlib.contextmanager
+def watching(since: float | None = None) -> Iterator[Guardian]:
+    """The guardian of this process: the one that watches already, or a new one for the `with` block.
+
+    `since`: when the process began, in the time of `time.monotonic`; None: now.
+    """
+    global _current
+    if _current is not None:
+        yield _current
+        return
+    _current = Guardian(since)
+    _current.start()
+    try:
+        yield _current
+    finally:
+        _current.close()
+        _current = None
+
+
+def beat() -> None:
+    """The main thread has come a step further, if somebody watches."""
+    if _current is not None:
+        _current.beat()
+
+
+def process_start() -> float:
+    """When this process began, in the time of `time.monotonic`; now, where the system does not say."""
+    try:
+        with open('/proc/self/stat', encoding='ascii', errors='replace') as file:
+            ticks = int(file.read().rpartition(')')[2].split()[19])
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf('SC_CLK_TCK')
+    except (OSError, ValueError, AttributeError, IndexError):
+        return time.monotonic()
+    return time.monotonic() - max(age, 0.0)
