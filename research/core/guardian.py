@@ -33,7 +33,15 @@ from research.core.errors import ExitCode, Interrupted
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 NOTHING_TO_LOSE = ('start', 'restore', 'compile')  # no step is done that is not on disk
 LEAVE_AT_ONCE = ('data', 'evaluate')  # where a single process may be interrupted anywhere without loss
-LIMITS = {'start': 1800.0, 'restore': 3600.0, 'compile': 3600.0, 'data': 1800.0, 'train': 1800.0, 'evaluate': 1800.0, 'save': 3600.0}
+LIMITS = {
+    'start': 1800.0,
+    'restore': 3600.0,
+    'compile': 3600.0,
+    'data': 1800.0,
+    'train': 1800.0,
+    'evaluate': 1800.0,
+    'save': 3600.0,
+}
 START_GRACE_S = 3.0
 TICK_S = 0.25
 SLACK_S = 3.0  # the timers of C come so much later than the guardian
@@ -153,7 +161,9 @@ class Guardian:
     def _hear(self, name: str) -> None:
         self._signals += 1
         if self._signals > 1:
-            self.end('KeyboardInterrupt', ExitCode.STOPPED, 'ended at once\n  fix: the same command goes on from the last checkpoint')
+            self.end(
+                'KeyboardInterrupt', ExitCode.STOPPED, 'ended at once\n  fix: the same command goes on from the last checkpoint'
+            )
         self._first(name)
         sys.stderr.write(f'\n{name}: stopping after this step, and saving; once more to quit at once\n')
         if self.on_stop is not None:
@@ -164,7 +174,11 @@ class Guardian:
             return
         waited = time.monotonic() - self._stopped_at
         if self.phase in NOTHING_TO_LOSE and waited > START_GRACE_S:
-            self.end('StoppedError', ExitCode.STOPPED, f'stopped by {self.stopped}; nothing was lost\n  fix: the same command goes on')
+            self.end(
+                'StoppedError',
+                ExitCode.STOPPED,
+                f'stopped by {self.stopped}; nothing was lost\n  fix: the same command goes on',
+            )
         if waited > self.grace:
             fix = 'the same command goes on from the last checkpoint; config.train.grace_seconds gives more time'
             told = f'stopped by {self.stopped}, but nothing could be saved within {self.grace:.0f} s ({self.phase})'
