@@ -2,8 +2,9 @@
 
 python launch.py --config=configs/NAME.py[:argument=value,...] [--config.section.key=value ...] [--workdir=DIR] [--mode=MODE]
 
-Modes: train (default), evaluate or export (the run in --workdir), show (the config with the meaning of every field), doctor
-(this machine). The same command resumes. Exit: 0 done, 2 usage, 74 storage, 75 stopped, 76 numbers, 77 permission.
+Modes: train (default); of the run in --workdir: evaluate, export, verify (its checkpoints), replay (a step whose numbers went
+wrong), report (where its time went); show (the config with the meaning of every field), doctor (this machine). The same command
+resumes. Exit: 0 done, 2 usage, 74 storage, 75 stopped, 76 numbers, 77 permission, 124 watchdog, 134 another process is lost.
 """
 
 import importlib
@@ -17,10 +18,13 @@ try:
 except ImportError:
     sys.exit('error: this Python has no absl\n  fix: pip install -r requirements/cpu.txt, or activate its environment')
 
-from research.core import config_file, schema
+from research.core import config_file, guardian, schema
 from research.core.errors import ExitCode, FulcrumError, UsageError, explain
 
-RUN_MODES = {'evaluate': 'research.train.evaluate_run', 'export': 'research.serve.export'}  # of the run in --workdir
+RUN_MODES = {  # of the run in --workdir
+    'evaluate': 'research.train.evaluate_run', 'export': 'research.serve.export', 'verify': 'research.train.verify',
+    'replay': 'research.train.replay', 'report': 'research.train.ledger',
+}  # fmt: skip
 MODES = ('train', *RUN_MODES, 'show', 'doctor')
 
 FLAGS = flags.FlagValues()
@@ -102,8 +106,9 @@ def train(experiment: schema.Experiment, workdir: pathlib.Path, overrides: list[
 def main(argv: list[str]) -> int:
     """Runs the command; returns its exit code. A failure that is expected is told in at most three lines."""
     try:
-        dispatch(parse(argv))
-        sys.stdout.flush()
+        with guardian.watching(guardian.process_start()):
+            dispatch(parse(argv))
+            sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output (head, less) has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (FulcrumError, OSError, KeyboardInterrupt) as error:

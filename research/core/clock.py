@@ -14,6 +14,7 @@ class Clock:
 
     def __init__(self, listener: Callable[[str], None] | None = None, since: float | None = None) -> None:
         self.seconds: dict[str, float] = {}
+        self._earlier: dict[str, float] = {}
         self._listener = listener
         self._stack: list[str] = []
         self._since = time.monotonic() if since is None else since
@@ -38,6 +39,7 @@ class Clock:
         """Adds the seconds of an earlier part of the same run."""
         for name, more in seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + more
+            self._earlier[name] = self._earlier.get(name, 0.0) + more
 
     def lose(self, kept: dict[str, float], phases: tuple[str, ...]) -> None:
         """Turns what `phases` took since the snapshot `kept` into 'lost': their work was thrown away."""
@@ -56,6 +58,10 @@ class Clock:
         """Seconds by phase so far, the running one included."""
         self._settle()
         return dict(self.seconds)
+
+    def own(self) -> dict[str, float]:
+        """Seconds by phase so far without what was added of earlier parts."""
+        return {name: seconds - self._earlier.get(name, 0.0) for name, seconds in self.snapshot().items()}
 
     def _tell(self) -> None:
         if self._listener is not None and self._stack:

@@ -77,6 +77,12 @@ class Interrupted(KeyboardInterrupt):
         self.name = name
 
 
+def exit_code(error: BaseException) -> int:
+    """The exit code of a process that ends by this error; 1 for one that nobody expects."""
+    expected = isinstance(error, (FulcrumError, OSError, KeyboardInterrupt))
+    return int(explain(error)[1]) if expected else 1
+
+
 def explain(error: BaseException) -> tuple[str, ExitCode]:
     """What a failed command prints, at most two lines, and its exit code."""
     if isinstance(error, FulcrumError):

@@ -144,6 +144,10 @@ class Guardian:
         if self.phase in NOTHING_TO_LOSE or (self.alone and self.phase in LEAVE_AT_ONCE):
             raise Interrupted(signal.Signals(number).name)
 
+    def request(self, name: str) -> None:
+        """As if the first signal had come to this process: another one of the run got it."""
+        self._first(name)
+
     def _first(self, name: str) -> None:
         if self.stopped is None:
             self.stopped, self._stopped_at = name, time.monotonic()

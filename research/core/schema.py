@@ -131,7 +131,25 @@ class Train:
     ema: float = value(0.0, 'decay of the parameter average that is evaluated; 0: none', low=0.0, high=1.0)
     skip_nonfinite: bool = value(True, 'leave the state as it is where a gradient is not finite, and count it')
     max_skips: int = value(
-        20, 'skipped steps in a row, seen at a log step, after which the run ends with code 76', low=1, resumable=True
+        20,
+        'skipped steps in a row, seen at a log step, after which the run goes back to its last good checkpoint',
+        low=1,
+        resumable=True,
+    )
+    spike_sigmas: float | None = value(
+        30.0,
+        'deviations by which the loss must jump for the run to go back to its last good checkpoint; None: never',
+        above=0.0,
+        resumable=True,
+    )
+    max_rollbacks: int = value(
+        3, 'times that a run goes back and leaves the batches between out; then it ends with code 76', low=0, resumable=True
+    )
+    grace_seconds: float = value(
+        25.0, 'time from the first signal to the end of the process, saved or not', unit='seconds', above=0.0, resumable=True
+    )
+    audit_every: Duration = value(
+        '0 steps', 'period of the replay audit: a step is taken twice and must give the same bits; 0: never', resumable=True
     )
     early_stop: EarlyStop = value(None, 'early stopping', section=EarlyStop)
 
@@ -154,6 +172,20 @@ class Checkpoint:
 
     every: Duration = value('10%', "period of the checkpoints; '0 steps': only at the end", resumable=True)
     keep: int = value(2, 'newest checkpoints kept', low=1, resumable=True)
+    temporary_minutes: float | None = value(
+        10.0,
+        'a temporary checkpoint is saved when the last one of any kind is so old; None: never',
+        unit='minutes',
+        above=0.0,
+        resumable=True,
+    )
+    retry_minutes: float = value(
+        10.0,
+        'how long a save that fails is tried again before the run ends with code 74',
+        unit='minutes',
+        low=0.0,
+        resumable=True,
+    )
     best: str | None = value(None, "keep the best state too, judged by this, e.g. 'validation/accuracy'", resumable=True)
     best_mode: str | None = value(
         None, "whether more ('max') or less ('min') is better; None: as its name says", choices=('min', 'max'), resumable=True
@@ -175,6 +207,12 @@ class Parallel:
     """How the step is laid over devices."""
 
     compile: str = value('jit', 'jit with NamedSharding, or pmap over the data axis', choices=('jit', 'pmap'))
+    distributed: str = value(
+        'auto',
+        "several processes: 'on', 'off', or where the environment says so (JAX_COORDINATOR_ADDRESS, Slurm, TPU, ...)",
+        choices=('auto', 'on', 'off'),
+        resumable=True,
+    )
     devices: int | None = value(None, 'how many of the visible devices to use; None: all', low=1, resumable=True)
     model_axis: int = value(
         1, 'devices that share each layer (tensor parallelism); a batch is cut over the groups', low=1, resumable=True
@@ -186,6 +224,19 @@ class Parallel:
         rules=True,
         resumable=True,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Watchdog:
+    """How long a phase may go on without progress; then every stack is written down and the process ends with code 124."""
+
+    start: float = value(1800.0, 'imports, data, model, until the first state', unit='seconds', above=0.0, resumable=True)
+    restore: float = value(3600.0, 'reading a checkpoint', unit='seconds', above=0.0, resumable=True)
+    compile: float = value(3600.0, 'compiling the step', unit='seconds', above=0.0, resumable=True)
+    data: float = value(1800.0, 'waiting for one batch', unit='seconds', above=0.0, resumable=True)
+    train: float = value(1800.0, 'one step', unit='seconds', above=0.0, resumable=True)
+    evaluate: float = value(1800.0, 'one batch of an evaluation', unit='seconds', above=0.0, resumable=True)
+    save: float = value(3600.0, 'one save', unit='seconds', above=0.0, resumable=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,6 +266,7 @@ class Experiment:
     checkpoint: Checkpoint = value(None, 'the checkpoints', section=Checkpoint)
     log: Log = value(None, 'the log', section=Log)
     parallel: Parallel = value(None, 'the devices', section=Parallel)
+    watchdog: Watchdog = value(None, 'bounds of the phases', section=Watchdog)
     export: Export = value(None, 'the export of a trained run', section=Export)
     init_from: str | None = value(
         None, 'run directory (newest parameters, averaged if kept) or Hugging Face folder that this run starts from'

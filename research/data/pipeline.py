@@ -24,6 +24,8 @@ from research.data.source import Source
 Batch = dict[str, Any]
 Feed = Callable[[int], Batch]
 
+LOOK_UP_S = 0.1  # between two calls of `waiting`
+
 
 def _local(plan: Plan, step: int) -> tuple[np.ndarray, Batch]:
     """The contiguous share of a step that falls to this process: its indices, and what every batch holds beside examples."""
@@ -78,11 +80,12 @@ def _gather(arrays: Batch, rest: Batch) -> Batch:
 class Prefetcher:
     """Runs a feed `depth` steps ahead in a background thread. Steps must be asked for in order, starting at `start`.
 
+    `waiting` is called now and then while the caller has to wait; it may leave by an exception.
     An error in the thread is raised in the caller, at the step it belongs to. It is a context manager: the thread ends with it.
     """
 
-    def __init__(self, feed: Feed, start: int, depth: int):
-        self.feed, self.depth = feed, depth
+    def __init__(self, feed: Feed, start: int, depth: int, waiting: Callable[[], None] = lambda: None):
+        self.feed, self.depth, self.waiting = feed, depth, waiting
         self._next = start
         self._queue: queue.Queue[tuple[int, Batch | BaseException]] = queue.Queue(maxsize=max(depth, 1))
         self._stop = threading.Event()
@@ -95,11 +98,18 @@ class Prefetcher:
             return self.feed(step)
         if step != self._next:
             raise ValueError(f'prefetched batches come in order: expected step {self._next}, asked for {step}')
-        _, batch = self._queue.get()
+        batch = self._wait()
         if isinstance(batch, BaseException):
             raise batch
         self._next += 1
         return batch
+
+    def _wait(self) -> Batch | BaseException:
+        while True:
+            try:
+                return self._queue.get(timeout=LOOK_UP_S)[1]
+            except queue.Empty:
+                self.waiting()
 
     def __enter__(self) -> 'Prefetcher':
         return self

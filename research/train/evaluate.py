@@ -1,13 +1,14 @@
 """Evaluation: exact over any number of examples, batches and devices, because every metric is a mergeable state."""
 
 import collections
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from research.core import rng
+from research.core import guardian, rng
 from research.data.pipeline import Feed
 from research.parallel.mesh import replicated
 from research.tasks.base import Task
@@ -38,14 +39,23 @@ class Evaluator:
 
         self._batch_states = jax.jit(batch_states, out_shardings=replicated(mesh))
 
-    def __call__(self, variables: Any, feed: Feed, num_batches: int, limit: int | None = None) -> dict[str, Any]:
+    def __call__(
+        self,
+        variables: Any,
+        feed: Feed,
+        num_batches: int,
+        limit: int | None = None,
+        between: Callable[[], None] = lambda: None,
+    ) -> dict[str, Any]:
         """Loss and metrics over the batches 0 ... num_batches - 1: floats, and lists for metrics by class.
 
-        `limit`: only so many of the batches, evenly spaced.
+        `limit`: only so many of the batches, evenly spaced. `between` is called before each: it may leave by an exception.
         """
         loss, states = np.zeros(2), None
         waiting: collections.deque[Any] = collections.deque()
         for batch in chosen(num_batches, limit):
+            guardian.beat()
+            between()
             waiting.append(self._batch_states(variables, feed(batch)))
             if len(waiting) > IN_FLIGHT:
                 loss, states = self._merge(loss, states, jax.device_get(waiting.popleft()))

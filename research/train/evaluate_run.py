@@ -55,10 +55,10 @@ def _evaluate(experiment: schema.Experiment, directory: RunDirectory) -> dict[st
     for name, folder in (('newest', directory.checkpoints), ('best', directory.best)):
         if folder.is_dir():
             with Checkpoints(folder, writable=False) as checkpoints:
-                step = checkpoints.latest()
-                if step is None:
-                    continue
-                state, _ = checkpoints.restore(step, parts.abstract)
+                found = checkpoints.newest(parts.abstract)
+            if found is None:
+                continue
+            step, state, _ = found
             metrics = {s: evaluator(state.evaluation_variables, *feeds[s]) for s in experiment.evaluate.final}
             results[name] = {'step': step, 'devices': f'{mesh.size} x {jax.devices()[0].device_kind}', 'metrics': metrics}
     if not results:

@@ -1,9 +1,10 @@
 """Fingerprints of arrays, computed where the arrays are: 64 bits a leaf, the same for any sharding and number of devices.
 
-Each word of 32 bits is mixed with its place in the whole array, w ^ 0x9E3779B1 * i (i counts row by row), by the finaliser of
-MurmurHash3 (Appleby, 2011), a bijection; the sums of these and of a second bijection of them, modulo 2**32, are the two halves. So
-one changed word always changes the fingerprint, and words that changed places or several changed words do with a probability of
-1 - 2**-64. Sums of integers do not depend on their order, which is why devices do not matter. Shape letters: L leaves.
+Each word of 32 bits is mixed with its place in the whole array, w ^ 0x9E3779B1 * i (i counts row by row), by the finaliser
+of MurmurHash3 (Appleby, 2011), a bijection; the sums of these and of a second bijection of them, modulo 2**32, are the two
+halves. So one changed word always changes the fingerprint, and words that changed places or several changed words do with a
+probability of 1 - 2**-64. Sums of integers do not depend on their order, which is why devices do not matter.
+Shape letters: L leaves.
 
 It finds damage, not malice: who can choose the bits can find others with the same fingerprint.
 """

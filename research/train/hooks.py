@@ -1,24 +1,29 @@
 """Hooks: what happens beside the steps. Each is called after every step as `hook(step, state, terms)`, in the order listed.
 
 The order is log, evaluate, checkpoint, early stop: a checkpoint is judged by an evaluation of the same step. No hook keeps
-anything that a restart would lose: what they must know of the past stands in `metrics.jsonl` or in the checkpoint.
+anything that a restart would lose: what they must know of the past stands in `metrics.jsonl` or in the checkpoint. After a
+restart at step k all but the log are called for step k again: what a death cut short there is completed, what was done is not
+done twice.
 """
 
 import math
+import time
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 
-from research.core.errors import NumericalError, UsageError, nearest
+from research.core.errors import NumericalError, StorageError, UsageError, nearest
 from research.core.schema import Experiment
 from research.core.terms import Terms
+from research.parallel import hosts
 from research.parallel.hardware import utilisation
-from research.train.checkpoint import Checkpoints
+from research.train.checkpoint import NUMBERS_FIX, PERMANENT, TEMPORARY, Checkpoints
+from research.train.numbers import BadNumbersError, Losses
 from research.train.run import Run, shown
 from research.train.state import TrainState
 
-NUMERICAL_FIX = 'lower config.optimizer.learning_rate, set config.optimizer.clip=global_norm, or look at the data'
+RETRY_S = 5.0  # before the first new attempt of a save that failed; twice as long before each that follows
 
 
 class Hook(Protocol):
@@ -30,13 +35,17 @@ class Hook(Protocol):
 
 
 class LogHook:
-    """Collects the terms of every step on the device; fetches, averages and records them at log steps only."""
+    """Collects the terms of every step on the device; fetches, averages, records and judges them at log steps only.
 
-    def __init__(self, run: Run):
+    `earlier` is the meta data of the checkpoint of `step` that the run goes on from.
+    """
+
+    def __init__(self, run: Run, earlier: dict[str, Any], step: int):
         self.run, self._terms = run, []
-        earlier = run.earlier.get('log', {})  # steps since the last record, done before a restart
+        self.losses = Losses(run.experiment.train.spike_sigmas, earlier.get('losses'))
+        earlier = earlier.get('log', {})  # steps since the last record, done before a restart
         self._sums = {name: np.array(sums) for name, sums in earlier.items()}
-        self._steps, self._seconds = 0, run.clock.seconds.get('train', 0.0)
+        self._steps, self._seconds, self.recorded = 0, self._paced(), step
 
     def __call__(self, step: int, state: TrainState, terms: Terms) -> None:
         self._terms.append(terms)
@@ -48,7 +57,9 @@ class LogHook:
 
     def unrecorded(self) -> dict[str, list[float]]:
         """The [sum, weight] of each term since the last record: what a checkpoint must hold for the next one to be whole."""
-        for terms in jax.device_get(self._terms):
+        fetched = jax.device_get(self._terms)
+        self.losses.add([float(t['loss'][0] / t['loss'][1]) if t['loss'][1] else math.nan for t in fetched])
+        for terms in fetched:
             for name, term in terms.items():
                 self._sums[name] = self._sums.get(name, np.zeros(2)) + np.asarray(term, np.float64)
         self._terms = []
@@ -58,7 +69,7 @@ class LogHook:
         """Writes the means over the steps since the last record, the pace and the learning rate; returns the loss."""
         sums = sorted(self.unrecorded().items())
         values: dict[str, Any] = {name: total / weight if weight else float('nan') for name, (total, weight) in sums}
-        seconds = self.run.clock.snapshot().get('train', 0.0) - self._seconds
+        seconds = self._paced() - self._seconds
         pace = self._pace(self._steps, seconds)
         self._sums, self._steps, self._seconds = {}, 0, self._seconds + seconds
         skips = int(state.extra['skips']['total']) if 'skips' in state.extra else 0  # a skipped step moves no schedule
@@ -69,6 +80,10 @@ class LogHook:
         unit = 'tokens' if 'tokens_per_second' in pace else 'examples'
         self.run.reporter.figures(losses, f'{pace[f"{unit}_per_second"]:,.0f} {unit}/s', f'MFU {mfu}')
         return values['loss']
+
+    def _paced(self) -> float:
+        """Seconds of training so far, waiting for data included."""
+        return sum(self.run.clock.snapshot().get(phase, 0.0) for phase in ('train', 'data'))
 
     def _pace(self, steps: int, seconds: float) -> dict[str, Any]:
         facts, mesh = self.run.facts, self.run.mesh
@@ -82,16 +97,23 @@ class LogHook:
         return pace
 
     def _check_numbers(self, step: int, state: TrainState, loss: float) -> None:
-        """Ends a run that cannot come to anything: too many skipped steps in a row, or, without the guard, a bad loss."""
+        """Stops steps that cannot come to anything: a spike, too many skipped steps in a row, or, without the guard, a bad loss.
+
+        Raises:
+          BadNumbersError: so it is.
+          NumericalError: the run is over, and most of its steps were skipped.
+        """
         if 'skips' not in state.extra:
             if not math.isfinite(loss):
-                raise NumericalError(f'the loss before step {step} is not finite', NUMERICAL_FIX)
-            return
-        in_a_row, total = (int(state.extra['skips'][name]) for name in ('in_a_row', 'total'))
-        if in_a_row >= self.run.experiment.train.max_skips:
-            raise NumericalError(f'the last {in_a_row} steps before step {step} are not finite', NUMERICAL_FIX)
-        if step == self.run.total_steps and total > step / 2:
-            raise NumericalError(f'{total} of {step} steps are not finite', NUMERICAL_FIX)
+                raise BadNumbersError(self.recorded, step, 'the loss is not finite')
+        else:
+            in_a_row, total = (int(state.extra['skips'][name]) for name in ('in_a_row', 'total'))
+            if in_a_row >= self.run.experiment.train.max_skips:
+                raise BadNumbersError(step - in_a_row, step, f'the last {in_a_row} steps are not finite')
+            if step == self.run.total_steps and total > step / 2:
+                raise NumericalError(f'{total} of {step} steps are not finite', NUMBERS_FIX)
+        self.losses.check(step)
+        self.recorded = step
 
 
 class EvaluateHook:
@@ -107,20 +129,58 @@ class EvaluateHook:
 
 
 class CheckpointHook:
-    """Saves when it is due, and the best state apart when an evaluation of this step is the best so far."""
+    """Saves when it is due, and the best state apart when an evaluation of this step is the best so far.
+
+    A save that fails is tried again, with the state of then, for `checkpoint.retry_minutes`; then the run ends.
+    """
 
     def __init__(self, run: Run, checkpoints: Checkpoints, best: Checkpoints | None, log: LogHook):
         self.run, self.checkpoints, self.best, self.log = run, checkpoints, best, log
+        self._saved_at = time.monotonic()
 
     def __call__(self, step: int, state: TrainState, terms: Terms) -> None:
-        is_best = self.best is not None and self._is_best(step)
-        is_due = self.run.is_due(self.run.experiment.checkpoint.every, step)
-        if (is_best or is_due) and 'skips' not in state.extra and not math.isfinite(float(terms['loss'][0])):
-            raise NumericalError(f'the loss of step {step} is not finite: its state is not saved', NUMERICAL_FIX)
-        if is_best and self.best is not None:
+        if self.best is not None and self._is_best(step):
             self.save(self.best, step, state)
-        if is_due:
+        if self.run.is_due(self.run.experiment.checkpoint.every, step):
             self.save(self.checkpoints, step, state)
+        elif hosts.is_main() and self._is_wanted():
+            self.run.votes.request('save')
+        if self.run.votes.agreed('save'):
+            self.save(self.checkpoints, step, state, TEMPORARY)
+        for kept in (self.checkpoints, self.best):
+            self._check(kept)
+
+    def save(self, checkpoints: Checkpoints, step: int, state: TrainState, kind: str = PERMANENT) -> None:
+        """Saves now; the disk is written in the background."""
+        self.run.reporter.phase('saving')
+        with self.run.clock.phase('save'):
+            self._saved_at = time.monotonic()
+            meta = {'log': self.log.unrecorded(), 'losses': self.log.losses.to_keep(), 'rollbacks': len(self.run.windows)}
+            spent = {'seconds': self.run.clock.snapshot(), 'device_seconds': self.run.device_seconds()}
+            self.run.writer.flush(sync=True)  # what a checkpoint says is done must be on record, also after a power cut
+            try:
+                saved = checkpoints.save(step, state, {**spent, **meta}, kind)
+            except NumericalError as error:
+                raise BadNumbersError(self.log.recorded, step, str(error).partition('\n')[0]) from error
+        if saved:
+            self.run.directory.event('save', step=step, folder=checkpoints.folder.name, kind=kind, seconds=self.run.clock.own())
+        self.run.reporter.phase('training')
+
+    def finish(self, step: int, state: TrainState, may_retry: bool) -> None:
+        """Returns when the state after the last step is on disk.
+
+        Raises:
+          StorageError: it cannot be saved; at once, or, if it `may_retry`, after `checkpoint.retry_minutes`.
+        """
+        while True:
+            self.save(self.checkpoints, step, state)
+            with self.run.clock.phase('save'):
+                self.checkpoints.wait()
+            if self.checkpoints.failure is None:
+                return
+            self._check(self.checkpoints, may_retry)
+            with self.run.clock.phase('save'):
+                time.sleep(min(self._pause(self.checkpoints), 60.0))
 
     def _is_best(self, step: int) -> bool:
         metric, mode = self.run.experiment.checkpoint.best, self.run.experiment.checkpoint.best_mode
@@ -128,15 +188,30 @@ class CheckpointHook:
             return False
         return best_step(history(self.run, metric), mode or direction(metric)) == step
 
-    def save(self, checkpoints: Checkpoints, step: int, state: TrainState) -> None:
-        """Saves now; the disk is written in the background."""
-        self.run.reporter.phase('saving')
-        with self.run.clock.phase('save'):
-            spent = {'seconds': self.run.clock.snapshot(), 'device_seconds': self.run.device_seconds()}
-            saved = checkpoints.save(step, state, {**spent, 'log': self.log.unrecorded()})
-        if saved:
-            self.run.directory.event('save', step=step, folder=checkpoints.folder.name)
-        self.run.reporter.phase('training')
+    def _is_wanted(self) -> bool:
+        """Whether a temporary checkpoint is due, or a save that failed is to be tried again."""
+        failure, minutes = self.checkpoints.failure, self.run.experiment.checkpoint.temporary_minutes
+        now = time.monotonic()
+        if failure is not None:
+            return now - failure.last > self._pause(self.checkpoints)
+        return minutes is not None and now - self._saved_at > 60 * minutes
+
+    def _pause(self, checkpoints: Checkpoints) -> float:
+        return RETRY_S * 2 ** (min(checkpoints.failure.count, 8) - 1) if checkpoints.failure else 0.0
+
+    def _check(self, checkpoints: Checkpoints | None, may_retry: bool = True) -> None:
+        failure = None if checkpoints is None else checkpoints.failure
+        if checkpoints is None or failure is None:
+            return
+        tried = time.monotonic() - failure.since
+        if may_retry and tried < 60 * self.run.experiment.checkpoint.retry_minutes:
+            return
+        good = checkpoints.latest()
+        last = 'no step is saved' if good is None else f'the last good one is step {good}'
+        raise StorageError(
+            f'nothing could be saved in {checkpoints.folder} for {tried:.0f} s ({failure.reason}); {last}',
+            'make room or mend the disk; the same command goes on from there',
+        )
 
 
 class EarlyStopHook:
@@ -191,7 +266,7 @@ def direction(metric: str) -> str:
 def history(run: Run, metric: str) -> list[tuple[int, float]]:
     """(step, value) of 'split/name' in the order of the records; a value that is not finite counts as NaN."""
     split, _, name = metric.partition('/')
-    records = [r for r in run.directory.read_metrics() if r['split'] == split and name in r]
+    records = hosts.share([r for r in run.directory.read_metrics() if r['split'] == split and name in r])
     return [(r['step'], float('nan') if r[name] is None else r[name]) for r in records]
 
 

@@ -7,26 +7,26 @@ evaluation -> summary. Features are components, wrappers of the step (`step.py`)
 import collections
 import contextlib
 import pathlib
-import sys
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from research.core import files
+from research.core import files, guardian
 from research.core.clock import Clock
-from research.core.errors import FulcrumError, StoppedError, UsageError
+from research.core.errors import StoppedError, UsageError
+from research.core.guardian import Guardian
 from research.core.schema import Experiment
 from research.core.terms import Terms
 from research.data.build import build_augmentation, build_splits
 from research.data.pipeline import Prefetcher, make_feed
-from research.data.plan import evaluation_plan_of, plan_of
+from research.data.plan import evaluation_plan_of
 from research.data.source import Source, fingerprint
-from research.parallel import cache, memory
+from research.parallel import cache, hosts, memory
 from research.parallel import mesh as meshes
+from research.parallel.hosts import Votes
 from research.tasks.base import Task
-from research.train import build, flops, start
+from research.train import build, care, flops, rollback, start
 from research.train.adapters import describe_size
 from research.train.checkpoint import Checkpoints
 from research.train.evaluate import Evaluator
@@ -34,8 +34,7 @@ from research.train.hooks import CheckpointHook, EarlyStopHook, EvaluateHook, Ho
 from research.train.progress import Reporter
 from research.train.provenance import provenance
 from research.train.run import Run
-from research.train.run_directory import RunDirectory, finished
-from research.train.signals import StopRequest
+from research.train.run_directory import RunDirectory, digest, finished
 from research.train.state import TrainState
 from research.train.step import Step
 from research.train.writer import Writer
@@ -60,31 +59,20 @@ def train(
         return summary
     directory.create()
     memory.keep_freed()
-    with StopRequest() as stop, Reporter(experiment.log.plain_every, quiet) as reporter, contextlib.ExitStack() as stack:
-        clock = Clock()
-        with clock.phase('start'):
-            # First of all: it says in one line if jax cannot start.
-            mesh = meshes.make_mesh(experiment.parallel.devices, experiment.parallel.model_axis)
-            stack.enter_context(directory.owned())
-            stack.enter_context(_exit_event(directory))
-            checkpoints = stack.enter_context(Checkpoints(directory.checkpoints, experiment.checkpoint.keep))
-            best = stack.enter_context(Checkpoints(directory.best)) if experiment.checkpoint.best else None
-            directory.keep_metrics_until(checkpoints.latest() or 0)
-            writer = stack.enter_context(Writer(directory, experiment.log.tensorboard))
-            run, parts = _prepare(experiment, mesh, directory, reporter, writer, clock, overrides or [], allow_change)
-        return _train(run, parts, checkpoints, best, stop)
-
-
-@contextlib.contextmanager
-def _exit_event(directory: RunDirectory) -> Iterator[None]:
-    """Records how the process ended: completed, or by which error and exit code."""
-    try:
-        yield
-    except BaseException as error:
-        code = int(error.exit_code) if isinstance(error, FulcrumError) else 1
-        directory.event('exit', status=type(error).__name__, code=code)
-        raise
-    directory.event('exit', status='completed', code=0)
+    with guardian.watching() as watch, contextlib.ExitStack() as stack:
+        clock = Clock(watch.enter, watch.since)
+        stack.enter_context(clock.phase('start'))
+        hosts.start(experiment.parallel.distributed)
+        reporter = stack.enter_context(Reporter(experiment.log.plain_every, quiet or not hosts.is_main()))
+        # First of all: it says in one line if jax cannot start.
+        mesh = meshes.make_mesh(experiment.parallel.devices, experiment.parallel.model_axis)
+        votes = stack.enter_context(care.watched(experiment, directory, watch, clock, reporter.say))
+        kept = {'config': digest(experiment), 'say': reporter.say, 'event': directory.event}
+        checkpoints = stack.enter_context(Checkpoints(directory.checkpoints, experiment.checkpoint.keep, **kept))
+        best = stack.enter_context(Checkpoints(directory.best, **kept)) if experiment.checkpoint.best else None
+        writer = stack.enter_context(Writer(directory, experiment.log.tensorboard, reporter.say))
+        run, parts = _prepare(experiment, mesh, directory, reporter, writer, clock, votes, overrides or [], allow_change)
+        return _train(run, parts, checkpoints, best, watch)
 
 
 def _prepare(
@@ -94,6 +82,7 @@ def _prepare(
     reporter: Reporter,
     writer: Writer,
     clock: Clock,
+    votes: Votes,
     overrides: list[str],
     allow_change: bool,
 ) -> tuple[Run, build.Parts]:
@@ -112,7 +101,20 @@ def _prepare(
     check_watched(experiment, evaluator.names(parts.abstract.variables, parts.batch))
     record = start.record(experiment, overrides, data_fingerprint, {'class_names': spec.class_names, **provenance()})
     run = Run(
-        experiment, directory, mesh, clock, reporter, writer, facts, splits, evaluator, feeds, rate, record, spec.tokenizer
+        experiment,
+        directory,
+        mesh,
+        clock,
+        votes,
+        reporter,
+        writer,
+        facts,
+        splits,
+        evaluator,
+        feeds,
+        rate,
+        record,
+        spec.tokenizer,
     )
     _introduce(run, task, parts)
     return run, parts
@@ -149,51 +151,59 @@ def _introduce(run: Run, task: Task, parts: build.Parts) -> None:
     run.reporter.say(f'on     {run.mesh.size} x {jax.devices()[0].device_kind}, recorded in {run.directory.path}')
 
 
-def _train(
-    run: Run, parts: build.Parts, checkpoints: Checkpoints, best: Checkpoints | None, stop: StopRequest
-) -> dict[str, Any]:
-    """From the compiled step to the summary."""
+def _train(run: Run, parts: build.Parts, checkpoints: Checkpoints, best: Checkpoints | None, watch: Guardian) -> dict[str, Any]:
+    """From the first state to the summary."""
+    run.windows = rollback.read_history(run.directory.rollbacks)
+    rollback.drop_discarded(checkpoints, run.windows)
     with run.clock.phase('restore'):
         state, run.earlier, origin = start.first_state(parts, run.experiment, checkpoints)
-    run.clock.add(run.earlier.get('seconds', {}))
-    if int(state.step) > run.total_steps:
-        raise UsageError(f'the run is at step {int(state.step)}, beyond its {run.total_steps} steps', 'raise train.duration')
-    if best is not None:
-        best.drop_after(int(state.step))
-    run.directory.summary.unlink(missing_ok=True)
-    run.write_record()
-    run.directory.event('start', origin=origin, step=int(state.step), argv=sys.argv)
-    run.reporter.say(origin)
+    first = int(state.step)
+    start.go_on(run, first, origin, best, watch.since)
     run.reporter.phase('compiling')
     with run.clock.phase('compile'):
         step = build.compile_parts(parts, run.experiment, run.mesh)
-    run.directory.event('compile', seconds=run.clock.seconds['compile'])
-    log = LogHook(run)
-    saver = CheckpointHook(run, checkpoints, best, log)
-    state = _steps(run, step, state, [log, EvaluateHook(run), saver, EarlyStopHook(run)], stop)
-    saver.save(checkpoints, int(state.step), state)
-    if stop.name is not None and int(state.step) < run.total_steps and run.stop is None:
-        checkpoints.wait()
-        run.directory.event('signal', name=stop.name, step=int(state.step))
-        raise StoppedError(f'stopped by {stop.name} at step {int(state.step)}', 'the same command goes on from there')
+    run.directory.event('compile', seconds=run.clock.own())
+
+    def steps(state: TrainState, earlier: dict[str, Any]) -> TrainState:
+        log = LogHook(run, earlier, int(state.step))
+        saver = CheckpointHook(run, checkpoints, best, log)
+        state = _steps(run, step, state, [log, EvaluateHook(run), saver, EarlyStopHook(run)])
+        saver.finish(int(state.step), state, may_retry=watch.stopped is None)
+        return state
+
+    def restore(until: int) -> tuple[TrainState, dict[str, Any]]:
+        return start.first_state(parts, run.experiment, checkpoints, until)[:2]
+
+    kept = [checkpoints] if best is None else [checkpoints, best]
+    state = rollback.until_done(run, kept, restore, steps, state, run.earlier)
+    if watch.stopped is not None and int(state.step) < run.total_steps and run.stop is None:
+        run.directory.event('signal', name=watch.stopped, step=int(state.step))
+        raise StoppedError(f'stopped by {watch.stopped} at step {int(state.step)}', 'the same command goes on from there')
     return _finish(run, state, parts, best)
 
 
-def _steps(run: Run, step: Step, state: TrainState, hooks: list[Hook], stop: StopRequest) -> TrainState:
+def _steps(run: Run, step: Step, state: TrainState, hooks: list[Hook]) -> TrainState:
     """The steps that are left, each followed by the hooks."""
-    experiment = run.experiment
-    source, first = run.splits['train'], int(state.step)
-    plan = plan_of(source, experiment.data.batch_size, experiment.seed)
+    experiment, first = run.experiment, int(state.step)
+    votes, plan = run.votes, rollback.training_plan(run)
     plan.batch(run.total_steps - 1)  # a mixture that ends before the run says so now
-    feed = make_feed(source, plan, meshes.batch_sharding(run.mesh), experiment.data.placement)
+    feed = make_feed(run.splits['train'], plan, meshes.batch_sharding(run.mesh), experiment.data.placement)
     in_flight: collections.deque[Terms] = collections.deque()
     run.reporter.begin(first, run.total_steps)
     run.reporter.phase('training')
-    with run.clock.phase('train'), Prefetcher(feed, first, experiment.data.prefetch) as batches:
+    with (
+        run.clock.phase('train'),
+        Prefetcher(feed, first, experiment.data.prefetch, votes.leave_waiting) as batches,
+        care.interruptible(),
+    ):
+        for hook in hooks[1:] if first else []:  # what a death cut short at this very step
+            hook(first, state, {})
         for k in range(first, run.total_steps):
-            if run.stop is not None or stop.name is not None:
+            with run.clock.phase('data'):
+                batch = batches(k)
+            if run.stop is not None or votes.agreed('stop'):
                 break
-            state, terms = step(state, batches(k))
+            state, terms = step(state, batch)
             in_flight.append(terms)
             if len(in_flight) > STEPS_IN_FLIGHT:
                 jax.block_until_ready(in_flight.popleft())
@@ -216,9 +226,11 @@ def _finish(run: Run, state: TrainState, parts: build.Parts, best: Checkpoints |
         'metrics': metrics,
         'best': best_results,
         'skipped_steps': int(state.extra['skips']['total']) if 'skips' in state.extra else None,
+        'rollbacks': len(run.windows),
         'budget': run.spent(step),
     }
-    files.write_json(run.directory.summary, summary)
+    if hosts.is_main():
+        files.write_json(run.directory.summary, summary)
     run.reporter.phase('done')
     return summary
 

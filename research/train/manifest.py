@@ -1,9 +1,9 @@
 """The manifest of a checkpoint: what is in it, bit for bit, and the mark that it is complete.
 
-`manifest.json` is written last, synced, and then the folder takes its name: a folder with the name of a step and a right manifest is
-a whole checkpoint, anything else is not one. It holds the step, the kind (permanent or temporary), a digest of the config, for each
-leaf of the state shape, dtype and fingerprint (`fingerprint.py`), for each file its size, for small files (all of Orbax' own
-metadata) their digest, what belongs to the run beside the arrays (`meta`), and a digest of all this.
+`manifest.json` is written last, synced, and then the folder takes its name: a folder with the name of a step and a right
+manifest is a whole checkpoint, anything else is not one. It holds the step, the kind (permanent or temporary), a digest of the
+config, for each leaf of the state shape, dtype and fingerprint (`fingerprint.py`), for each file its size, for small files (all
+of Orbax' own metadata) their digest, what belongs to the run beside the arrays (`meta`), and a digest of all this.
 """
 
 import hashlib
@@ -34,10 +34,19 @@ def write(folder: pathlib.Path, content: dict[str, Any]) -> None:
     for path in paths:
         _sync(path)
     listed = {path.relative_to(folder).as_posix(): _described(path) for path in paths}
-    whole = {'format': FORMAT, **content, 'files': listed}
-    files.write_atomically(folder / NAME, json.dumps({**whole, 'digest': _digest(whole)}, indent=1) + '\n')
+    _write(folder, {'format': FORMAT, **content, 'files': listed})
     for inner in (folder, *(path for path in folder.rglob('*') if path.is_dir())):
         files.sync_folder(inner)
+
+
+def rewrite(folder: pathlib.Path, described: dict[str, Any]) -> None:
+    """Replaces the manifest of a complete checkpoint by another of the same files."""
+    _write(folder, described)
+    files.sync_folder(folder)
+
+
+def _write(folder: pathlib.Path, whole: dict[str, Any]) -> None:
+    files.write_atomically(folder / NAME, json.dumps({**whole, 'digest': _digest(whole)}, indent=1) + '\n')
 
 
 def read(folder: pathlib.Path) -> dict[str, Any]:
@@ -49,7 +58,7 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
     """
     try:
         found = json.loads((folder / NAME).read_bytes())
-    except (FileNotFoundError, NotADirectoryError) as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise CorruptError(f'it has no {NAME}') from error
     except (ValueError, RecursionError) as error:
         raise CorruptError(f'{NAME} is damaged') from error
@@ -77,7 +86,8 @@ def check_files(folder: pathlib.Path, manifest: dict[str, Any]) -> None:
         if found != wanted:
             raise CorruptError(f'{name} is not what was written')
     known = {*manifest['files'], NAME}
-    strangers = [p for p in folder.rglob('*') if p.is_file() and p.relative_to(folder).as_posix() not in known]
+    found = [path for path in folder.rglob('*') if path.is_file() and not path.name.startswith(f'.{NAME}.')]  # a torn rewrite
+    strangers = [path for path in found if path.relative_to(folder).as_posix() not in known]
     if strangers:
         raise CorruptError(f'{strangers[0].relative_to(folder).as_posix()} does not belong to it')
 

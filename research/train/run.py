@@ -10,10 +10,12 @@ from jax.sharding import Mesh
 from research.core import files
 from research.core.clock import Clock
 from research.core.durations import Duration, Facts
+from research.core.redact import redact
 from research.core.schema import Experiment
 from research.data.pipeline import Feed
 from research.data.plan import unique_examples
 from research.data.source import Source, Tokenizer
+from research.parallel import hosts
 from research.train.evaluate import Evaluator
 from research.train.progress import Reporter
 from research.train.run_directory import RunDirectory
@@ -32,6 +34,7 @@ class Run:
       tokenizer: what made the token ids; it is kept in the run directory; None for data that are no text.
       earlier: what the checkpoint that the run goes on from says: seconds by phase, device-seconds, the open log record.
       results: the newest results of each split and their step.
+      windows: the batches that are left out, see `rollback.py`.
       stop: why the run ends before its last step; None as long as it goes on.
     """
 
@@ -39,6 +42,7 @@ class Run:
     directory: RunDirectory
     mesh: Mesh
     clock: Clock
+    votes: hosts.Votes
     reporter: Reporter
     writer: Writer
     facts: Facts
@@ -50,12 +54,24 @@ class Run:
     tokenizer: Tokenizer | None = None
     earlier: dict[str, Any] = dataclasses.field(default_factory=dict)
     results: dict[str, tuple[int, dict[str, Any]]] = dataclasses.field(default_factory=dict)
+    windows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     stop: str | None = None
     _evaluated: set[tuple[str, int, int | None]] = dataclasses.field(default_factory=set)
 
+    def remember(self, step: int) -> None:
+        """Takes the evaluations of exactly `step` from the record: they are not made, nor recorded, again."""
+        self._evaluated, self.results = set(), {}
+        for record in hosts.share([r for r in self.directory.read_metrics() if r['step'] == step]):
+            if record['split'] != 'train':
+                values = {name: _number_of(v) for name, v in record.items() if name not in ('step', 'split', 'time', 'limit')}
+                self.results[record['split']] = step, values
+                self._evaluated.add((record['split'], step, record.get('limit')))
+
     def write_record(self) -> None:
         """Writes run.json, and the tokenizer beside it: what a server or an export needs of the data."""
-        files.write_json(self.directory.run, self.record)
+        if self.directory.is_silent:
+            return
+        files.write_json(self.directory.run, redact(self.record))
         if self.tokenizer is not None:
             self.tokenizer.save(self.directory.path / 'tokenizer')
 
@@ -71,7 +87,7 @@ class Run:
         return period > 0 and step % period == 0
 
     def is_evaluated(self, metric: str, step: int) -> bool:
-        """Whether 'split/name' was measured after exactly `step` steps by this process."""
+        """Whether 'split/name' was measured after exactly `step` steps."""
         return self.results.get(metric.split('/')[0], (None,))[0] == step
 
     def evaluate(self, split: str, step: int, state: TrainState, whole: bool = True) -> dict[str, Any]:
@@ -83,8 +99,12 @@ class Run:
             self.reporter.phase('evaluating')
             with self.clock.phase('evaluate'):
                 feed, num_batches = self.evaluation_feeds[split]
-                self.results[split] = step, self.evaluator(state.evaluation_variables, feed, num_batches, limit)
-            self.writer.write(step, split, self.clock.total(), self.results[split][1])
+                self.results[split] = (
+                    step,
+                    self.evaluator(state.evaluation_variables, feed, num_batches, limit, self.votes.leave_if_agreed),
+                )
+            limited = {} if limit is None else {'limit': limit}
+            self.writer.write(step, split, self.clock.total(), {**limited, **self.results[split][1]})
             self.reporter.say(f'step {step}  {split}: {shown(self.results[split][1])}')
             self.reporter.phase('training')
         return self.results[split][1]
@@ -118,6 +138,13 @@ class Run:
 def shown(values: dict[str, Any]) -> str:
     """The single numbers among `values` as a person reads them: 'loss 0.1234  accuracy 0.9810'."""
     return '  '.join(f'{name} {_number(value)}' for name, value in values.items() if isinstance(value, float))
+
+
+def _number_of(value: Any) -> Any:
+    """A recorded value as it was measured: JSON has no NaN."""
+    if isinstance(value, list):
+        return [_number_of(v) for v in value]
+    return float('nan') if value is None else value
 
 
 def _number(value: float) -> str:

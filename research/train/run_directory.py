@@ -2,20 +2,25 @@
 
 run.json         what was asked for and with what: config, command, versions, devices, data fingerprint; before step 0
 metrics.jsonl    one line a record {"step", "split", "time", NAME: value}: the source of truth
-events.jsonl     one line an event: start (and from where), compile, save, signal, exit
+events.jsonl     one line an event: start (and from where), compile, save, corrupt, rollback, signal, exit
 checkpoints/     one folder a step; best/: the best step; tensorboard/: event files
+rollbacks.json   the batches that were left out because the numbers went wrong there; failure/: why the run gave up
+bad_records.jsonl  the records of the data that could not be read and were left out
+stacks.txt       where every thread was when the watchdog ended the process
+.lock            who trains here
 summary.json     at the end: status, metrics, and what the run spent
 """
 
-import contextlib
-import fcntl
+import json
 import pathlib
 import time
-from collections.abc import Iterator
 from typing import Any
 
-from research.core import files, schema
+from research.core import fields, files, schema
 from research.core.errors import AccessError, StorageError, UsageError
+from research.core.journal import Journal, cut
+from research.core.lock import Lock
+from research.core.redact import redact
 from research.core.schema import Experiment
 
 
@@ -31,6 +36,13 @@ class RunDirectory:
         self.checkpoints = self.path / 'checkpoints'
         self.best = self.path / 'best'
         self.tensorboard = self.path / 'tensorboard'
+        self.rollbacks = self.path / 'rollbacks.json'
+        self.bad_records = self.path / 'bad_records.jsonl'
+        self.failure = self.path / 'failure' / 'bundle.json'
+        self.stacks = self.path / 'stacks.txt'
+        self.lock = Lock(self.path / '.lock')
+        self._events = Journal(self.events)
+        self.is_silent = False  # in the processes of a run that leave the telling to the main one
 
     def create(self) -> None:
         """Makes the folder.
@@ -67,35 +79,25 @@ class RunDirectory:
         """All records of `metrics.jsonl`."""
         return list(files.read_json_lines(self.metrics)) if self.metrics.exists() else []
 
-    @contextlib.contextmanager
-    def owned(self) -> Iterator[None]:
-        """Holds the folder for this process while it trains.
-
-        Raises:
-          UsageError: another process trains in it.
-        """
-        with open(self.path / '.lock', 'w', encoding='utf-8') as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise UsageError(f'another process trains in {self.path}', 'wait for it, or give another --workdir') from error
-            yield
-
     def has_progress(self) -> bool:
-        """Whether there is something to lose: a checkpoint or a summary."""
+        """Whether there is something to lose: a checkpoint, be it damaged, or a summary."""
         saved = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
-        return self.summary.exists() or any(path.name.isdigit() for path in saved)
+        return self.summary.exists() or any(path.name.partition('.corrupt')[0].isdigit() for path in saved)
 
-    def event(self, kind: str, **details: Any) -> None:
-        """Appends one event with the time in seconds since 1970."""
-        with open(self.events, 'a', encoding='utf-8') as file:
-            file.write(files.json_line({'event': kind, 'time': time.time(), **details}))
+    def event(self, kind: str, /, **details: Any) -> None:
+        """Appends one event with the time in seconds since 1970. A full disk is not told of here: nothing depends on events."""
+        if not self.is_silent:
+            self._events.append({'event': kind, 'time': time.time(), **details})
 
     def keep_metrics_until(self, step: int) -> None:
         """Drops the records after `step`: the steps that follow are run, and recorded, again."""
-        if self.metrics.exists():
-            kept = [record for record in self.read_metrics() if record['step'] <= step]
-            files.write_atomically(self.metrics, ''.join(files.json_line(record) for record in kept))
+        if self.metrics.exists() and not self.is_silent:
+            cut(self.metrics, lambda record: record['step'] <= step)
+
+
+def digest(experiment: Experiment) -> str:
+    """A fingerprint of the whole config."""
+    return files.digest([json.dumps(fields.to_plain(experiment), sort_keys=True)])
 
 
 def finished(experiment: Experiment, directory: RunDirectory, allow_change: bool) -> dict[str, Any] | None:
@@ -107,7 +109,9 @@ def finished(experiment: Experiment, directory: RunDirectory, allow_change: bool
     run = directory.read_run()
     if run is None or not directory.has_progress():
         return None
-    changes = [c for c in schema.differences(schema.resolve(run['config']), experiment) if not c.resumable]
+    # A recorded config has no secrets in it: it is compared with the new one without them.
+    recorded, wanted = schema.resolve(run['config']), schema.resolve(redact(fields.to_plain(experiment)))
+    changes = [c for c in schema.differences(recorded, wanted) if not c.resumable]
     if changes and not allow_change:
         listed = ', '.join(str(change) for change in changes[:3]) + (', ...' if len(changes) > 3 else '')
         raise UsageError(

@@ -9,6 +9,8 @@
 
 import dataclasses
 import pathlib
+import sys
+import time
 from typing import Any
 
 import jax
@@ -17,10 +19,13 @@ import jax.numpy as jnp
 from research.core import fields, files
 from research.core.errors import UsageError
 from research.core.leaves import Rules
+from research.core.redact import redact
 from research.core.schema import Experiment
+from research.parallel import hosts
 from research.train import partial
 from research.train.build import Parts
 from research.train.checkpoint import Checkpoints
+from research.train.run import Run
 from research.train.run_directory import RunDirectory
 from research.train.state import TrainState
 from research.train.weights import read
@@ -46,11 +51,16 @@ def check_fingerprint(directory: RunDirectory, fingerprint: str, allow_change: b
         )
 
 
-def first_state(parts: Parts, experiment: Experiment, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any], str]:
-    """The state to begin with, what its checkpoint says beside (empty if there is none), and where it came from, in words."""
-    step = checkpoints.latest()
-    if step is not None:
-        state, meta = checkpoints.restore(step, parts.abstract)
+def first_state(
+    parts: Parts, experiment: Experiment, checkpoints: Checkpoints, until: int | None = None
+) -> tuple[TrainState, dict[str, Any], str]:
+    """The state to begin with, what its checkpoint says beside (empty if there is none), and where it came from, in words.
+
+    `until`: of no newer step than this.
+    """
+    found = checkpoints.newest(parts.abstract, until)
+    if found is not None:
+        step, state, meta = found
         return state, meta, f'resumed from step {step}'
     if experiment.init_from is not None:
         report = checkpoints.folder.parent / 'init_report.txt'
@@ -59,6 +69,28 @@ def first_state(parts: Parts, experiment: Experiment, checkpoints: Checkpoints) 
         )
         return state, {}, origin
     return parts.init(), {}, 'started from scratch'
+
+
+def go_on(run: Run, step: int, origin: str, best: Checkpoints | None, since: float) -> None:
+    """Takes up the record of the run at `step`, and writes down that this process does.
+
+    Raises:
+      UsageError: the run is beyond its end.
+    """
+    if step > run.total_steps:
+        raise UsageError(f'the run is at step {step}, beyond its {run.total_steps} steps', 'raise train.duration')
+    run.clock.add(run.earlier.get('seconds', {}))
+    if best is not None:
+        best.drop_after(step)
+    run.directory.keep_metrics_until(step)
+    run.remember(step)
+    if hosts.is_main():
+        run.directory.summary.unlink(missing_ok=True)
+    run.write_record()
+    alive = None if run.directory.lock.earlier is None else run.directory.lock.earlier.get('time')
+    began = time.time() - (time.monotonic() - since)
+    run.directory.event('start', origin=origin, step=step, began=began, previous_alive=alive, argv=redact(sys.argv))
+    run.reporter.say(origin)
 
 
 def _from_other(fresh: TrainState, path: pathlib.Path, rules: Rules, report_file: pathlib.Path) -> tuple[TrainState, str]:

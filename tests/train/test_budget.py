@@ -30,7 +30,7 @@ def spent(train, batch_size, step):
     facts = Facts(batch_size, len(train), None)
     nothing = types.SimpleNamespace()
     run = Run(
-        experiment_of(f'data.batch_size={batch_size}'), nothing, meshes.make_mesh(1), Clock(), nothing, nothing, facts,
+        experiment_of(f'data.batch_size={batch_size}'), nothing, meshes.make_mesh(1), Clock(), nothing, nothing, nothing, facts,
         {'train': train}, nothing, {}, nothing, {},
     )  # fmt: skip
     return run.spent(step)

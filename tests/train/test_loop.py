@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
+from research.core import leaves
 from research.core.errors import NumericalError, StorageError, UsageError
-from research.train import hooks
-from research.train.checkpoint import Checkpoints
+from research.train import array_store, hooks
 from research.train.evaluate_run import evaluate_run
 from research.train.loop import train
 from research.train.run_directory import RunDirectory
@@ -18,18 +18,8 @@ from tests.train.conftest import experiment_of
 
 def saved(path, step, folder='checkpoints'):
     """Every array of a checkpoint by name, as stored."""
-    with Checkpoints(path / folder) as checkpoints:
-        items = {}
-        for item in ('model', 'training'):
-            tree = checkpoints._manager.restore(step, args=raw_restore(item))[item]
-            items[item] = tree
-    return {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(items)}
-
-
-def raw_restore(item):
-    import orbax.checkpoint as ocp
-
-    return ocp.args.Composite(**{item: ocp.args.StandardRestore()})
+    where = path / folder / str(step) / 'state'
+    return leaves.flat(array_store.read(where, array_store.structure(where)))
 
 
 def assert_identical(a, b):
@@ -64,7 +54,7 @@ def test_a_run_tells_everything(run):
     assert budget['examples'] == 12 * 64
     assert budget['unique_examples'] == 12 * 64
     assert budget['flops'] > 2 * 3 * 4810 * 64 * 0.5
-    assert set(budget['seconds']) == {'start', 'restore', 'compile', 'train', 'evaluate', 'save'}
+    assert set(budget['seconds']) == {'start', 'restore', 'compile', 'data', 'train', 'evaluate', 'save'}
     assert budget['device_seconds'] == pytest.approx(8 * sum(budget['seconds'].values()), rel=0.01)
 
 
@@ -123,16 +113,36 @@ def test_other_data_are_refused(run, monkeypatch):
         train(experiment, path, quiet=True)
 
 
-def test_a_checkpoint_that_cannot_be_read_is_never_replaced_by_a_fresh_start(run):
-    _, _, path = run()
-    (path / 'summary.json').unlink()
-    for file in (path / 'checkpoints' / '12').rglob('*'):
+def damage(folder):
+    for file in folder.rglob('*'):
         if file.is_file() and file.stat().st_size > 200:
             file.write_bytes(b'x' * 10)
-    before = sorted((path / 'checkpoints').rglob('*'))
-    with pytest.raises(StorageError):
-        run()
-    assert sorted((path / 'checkpoints').rglob('*')) == before
+
+
+def test_a_damaged_checkpoint_is_put_away_and_the_one_before_gives_the_same_run(run):
+    summary, records, path = run()
+    whole = saved(path, 12)
+    (path / 'summary.json').unlink()
+    damage(path / 'checkpoints' / '12')
+    again, records_again, _ = run()
+    assert_identical(whole, saved(path, 12))
+    assert again['metrics'] == summary['metrics']
+    for split in ('train', 'validation', 'test'):
+        assert by_split(records, split) == by_split(records_again, split)
+    assert (path / 'checkpoints' / '12.corrupt').is_dir()
+    events = [json.loads(line) for line in (path / 'events.jsonl').read_text().splitlines()]
+    assert [e['step'] for e in events if e['event'] == 'corrupt'] == [12]
+
+
+def test_damaged_checkpoints_are_never_replaced_by_a_fresh_start(run):
+    _, _, path = run()
+    (path / 'summary.json').unlink()
+    for step in ('8', '12'):
+        damage(path / 'checkpoints' / step)
+    for _ in range(2):  # also when asked again
+        with pytest.raises(StorageError, match='no checkpoint in .* is good'):
+            run()
+    assert sorted(p.name for p in (path / 'checkpoints').iterdir()) == ['12.corrupt', '8.corrupt']
 
 
 def test_a_checkpoint_of_another_model_is_refused_leaf_by_leaf(run):
@@ -317,7 +327,7 @@ def test_evaluating_a_live_run_touches_nothing(run):
 def test_a_second_process_is_refused(run, tmp_path):
     directory = RunDirectory(tmp_path / 'run')
     directory.create()
-    with directory.owned(), pytest.raises(UsageError, match='another process trains in'):
+    with directory.lock.held(), pytest.raises(UsageError, match=r'process \d+ on .* trains in'):
         run()
     assert run()[0]['step'] == 12
 
@@ -361,9 +371,9 @@ def test_a_run_that_ends_in_bad_numbers_is_not_completed(run):
 
 def test_without_the_guard_bad_states_are_not_saved(run, tmp_path):
     overrides = ('optimizer=sgd', 'optimizer.learning_rate=1e30', 'train.skip_nonfinite=false', 'log.every=12 steps')
-    with pytest.raises(NumericalError, match='its state is not saved'):
+    with pytest.raises(NumericalError, match='the state holds NaN'):
         run(*overrides, 'checkpoint.every=2 steps')
-    kept = [int(p.name) for p in (tmp_path / 'run' / 'checkpoints').iterdir() if p.name.isdigit()]
+    kept = [int(p.name) for p in (tmp_path / 'run').glob('checkpoints/*') if p.name.isdigit()]
     assert all(np.isfinite(v).all() for step in kept for v in saved(tmp_path / 'run', step).values())
     events = [json.loads(line) for line in (tmp_path / 'run' / 'events.jsonl').read_text().splitlines()]
     assert (events[-1]['event'], events[-1]['code']) == ('exit', 76)
@@ -372,7 +382,7 @@ def test_without_the_guard_bad_states_are_not_saved(run, tmp_path):
 def test_device_seconds_add_up_over_other_numbers_of_devices(run, monkeypatch):
     with death_after(monkeypatch, 9):
         run('parallel.devices=8')
-    checkpointed = json.loads((run.path / 'checkpoints' / '8' / 'meta' / 'metadata').read_text())
+    checkpointed = json.loads((run.path / 'checkpoints' / '8' / 'manifest.json').read_text())['meta']
     budget = run('parallel.devices=1')[0]['budget']
     own = sum(budget['seconds'].values()) - sum(checkpointed['seconds'].values())
     assert budget['device_seconds'] == pytest.approx(checkpointed['device_seconds'] + own, rel=0.02)

@@ -162,12 +162,12 @@ def test_a_run_gives_its_averaged_parameters_and_its_running_statistics(run):
     kept = saved(path, 6)
     for name in ('Dense_0', 'Conv_0', 'BatchNorm_0'):
         for leaf, array in state.params[name].items():
-            np.testing.assert_array_equal(array, kept[f"['training']['extra']['ema']['{name}']['{leaf}']"])
+            np.testing.assert_array_equal(array, kept[f'extra/ema/{name}/{leaf}'])
             np.testing.assert_array_equal(array, state.extra['ema'][name][leaf])
-            assert not np.array_equal(array, kept[f"['model']['params']['{name}']['{leaf}']"])
+            assert not np.array_equal(array, kept[f'params/{name}/{leaf}'])
             np.testing.assert_array_equal(array, weights[f'{name}/{leaf}'])
     for leaf in ('mean', 'var'):
-        name = f"['model']['model_state']['batch_stats']['BatchNorm_0']['{leaf}']"
+        name = f'model_state/batch_stats/BatchNorm_0/{leaf}'
         np.testing.assert_array_equal(state.model_state['batch_stats']['BatchNorm_0'][leaf], kept[name])
     abstract = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), parts.abstract)
     assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state) == abstract

@@ -44,11 +44,11 @@ def test_a_student_learns_from_a_run_and_its_checkpoint_holds_the_teacher(run, t
     assert records[11]['soft_loss'] < records[0]['soft_loss']
     assert set(summary['metrics']['test']) == {'loss', 'accuracy'}
     weights, _ = read_run(taught, 'config.init_from')
-    kept = {name: leaf for name, leaf in saved(path, 12).items() if "['teacher']" in name}
+    kept = {name: leaf for name, leaf in saved(path, 12).items() if '/teacher/' in name}
     assert len(kept) == len(weights) == 7
     for name, leaf in kept.items():
-        short = name.split("['teacher']")[1].removeprefix("['params']")
-        np.testing.assert_array_equal(leaf, weights['/'.join(short.strip("[]'").split("']['"))], err_msg=name)
+        short = name.split('/teacher/')[1].removeprefix('params/')
+        np.testing.assert_array_equal(leaf, weights[short], err_msg=name)
     assert not [name for name in saved(path, 12) if 'optimizer_state' in name and 'Conv_0' in name]
     for checkpoint in (taught / 'checkpoints').iterdir():  # neither evaluation nor resumption needs the teacher's weights
         checkpoint.rename(taught / checkpoint.name)

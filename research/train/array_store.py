@@ -1,0 +1,129 @@
+"""Trees of arrays on disk, by Orbax: written in the background, read back into the shardings that are asked for.
+
+Orbax checks its own metadata but no array data (a flipped bit in an array is read silently wrong), so that whoever reads must
+compare fingerprints: `checkpoint.py` does.
+"""
+
+import contextlib
+import logging
+import pathlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from research.train.manifest import CorruptError
+
+# What a read can fail for without any fault of the files: no reason to put a checkpoint away.
+ENVIRONMENT = (PermissionError, MemoryError, KeyboardInterrupt)
+TRANSIENT = (
+    'RESOURCE_EXHAUSTED',
+    'UNAVAILABLE',
+    'DEADLINE_EXCEEDED',
+    'PERMISSION_DENIED',
+    'out of memory',
+    'Too many open files',
+)
+
+
+class ArrayStore:
+    """Writes one tree at a time and reads any number."""
+
+    def __init__(self) -> None:
+        self._writer: ocp.AsyncCheckpointer | None = None
+
+    def begin(self, path: pathlib.Path, tree: Any) -> None:
+        """Starts to write; returns as soon as the arrays are copied off the devices."""
+        if self._writer is None:
+            self._writer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+        with QUIET:
+            self._writer.save(path.absolute(), args=ocp.args.PyTreeSave(tree), force=True)
+
+    def finish(self) -> None:
+        """Waits until what was begun is written; raises what went wrong."""
+        if self._writer is not None:
+            with QUIET:
+                self._writer.wait_until_finished()
+
+    def close(self) -> None:
+        """Ends the threads of Orbax."""
+        if self._writer is not None:
+            with QUIET, contextlib.suppress(Exception):
+                self._writer.close()
+            self._writer = None
+
+
+def restore(path: pathlib.Path, abstract: Any) -> Any:
+    """The tree in `path` as arrays like `abstract`: shapes, dtypes and shardings.
+
+    Raises:
+      CorruptError: it cannot be read, and not for want of memory or permission.
+    """
+    arguments = ocp.args.PyTreeRestore(item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract))
+    return _read(path, arguments)
+
+
+def structure(path: pathlib.Path) -> Any:
+    """The tree in `path`, its leaves descriptions of arrays. Tuples come back as lists.
+
+    Raises:
+      CorruptError: see `restore`.
+    """
+    with QUIET, ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader, _corrupt():
+        return reader.metadata(path.absolute()).item_metadata.tree
+
+
+def read(path: pathlib.Path, tree: Any) -> Any:
+    """The leaves that `tree`, a part of `structure(path)`, names, as numpy arrays.
+
+    Raises:
+      CorruptError: see `restore`.
+    """
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    return _read(path, ocp.args.PyTreeRestore(item=tree, restore_args=as_numpy, partial_restore=True))
+
+
+def _read(path: pathlib.Path, arguments: Any) -> Any:
+    with QUIET, ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader, _corrupt():
+        return reader.restore(path.absolute(), args=arguments)
+
+
+@contextlib.contextmanager
+def _corrupt() -> Iterator[None]:
+    """Calls what Orbax raises corrupt, unless the machine is to blame."""
+    try:
+        yield
+    except ENVIRONMENT:
+        raise
+    except Exception as error:
+        reason = ' '.join(str(error).split())[:160] or type(error).__name__
+        if any(word in str(error) for word in TRANSIENT):
+            raise
+        raise CorruptError(f'its arrays cannot be read ({reason})') from error
+
+
+class _Quiet:
+    """Keeps Orbax from logging, with tracebacks, what is reported in plain words anyway; from any number of threads."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = threading.Lock(), 0, logging.NOTSET
+        self._log = logging.getLogger('absl')
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before = self._log.level
+                self._log.setLevel(logging.CRITICAL)
+            self._inside += 1
+
+    def __exit__(self, *_: Any) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._log.setLevel(self._before)
+
+
+QUIET = _Quiet()

@@ -1,0 +1,68 @@
+"""The care of one run: its lock, its watchdog, its exit event, and where it may be interrupted."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from research.core import lock
+from research.core.clock import Clock
+from research.core.errors import Interrupted, exit_code
+from research.core.guardian import Guardian
+from research.core.schema import Experiment
+from research.parallel import hosts
+from research.parallel.hosts import Votes
+from research.train.run_directory import RunDirectory
+
+
+@contextlib.contextmanager
+def watched(
+    experiment: Experiment, directory: RunDirectory, watch: Guardian, clock: Clock, say: Callable[[str], None]
+) -> Iterator[Votes]:
+    """Owns the run directory, has the guardian watch by the experiment's bounds, and records how the run ended.
+
+    Raises:
+      UsageError: another process trains there.
+    """
+    directory.is_silent = not hosts.is_main()
+    own = directory.lock.held(say) if hosts.is_main() else contextlib.nullcontext()
+    with own, _recorded(directory, clock), _bounded(experiment, directory, watch), Votes(watch) as votes, hosts.together(watch):
+        watch.last_words = lambda status, code: directory.event('exit', status=status, code=code, seconds=clock.own())
+        watch.on_stop = lambda name: votes.request('stop')
+        watch.alone = hosts.is_alone()
+        if watch.stopped is not None:
+            votes.request('stop')
+        if hosts.is_main():
+            watch.every(lock.BEAT_S, directory.lock.beat)
+        yield votes
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """The first signal may end the steps inside, where nothing is lost by that; what follows is as if they had ended so."""
+    with contextlib.suppress(Interrupted):
+        yield
+
+
+@contextlib.contextmanager
+def _bounded(experiment: Experiment, directory: RunDirectory, watch: Guardian) -> Iterator[None]:
+    before = watch.limits, watch.grace
+    watch.limits = {**watch.limits, **{name: getattr(experiment.watchdog, name) for name in watch.limits}}
+    watch.grace = experiment.train.grace_seconds
+    watch.stacks_to(directory.stacks)
+    try:
+        yield
+    finally:
+        watch.forget()
+        watch.limits, watch.grace = before
+
+
+@contextlib.contextmanager
+def _recorded(directory: RunDirectory, clock: Clock) -> Iterator[None]:
+    """Records how the process ended: completed, or by which error and exit code."""
+    status, code = 'completed', 0
+    try:
+        yield
+    except BaseException as error:
+        status, code = type(error).__name__, exit_code(error)
+        raise
+    finally:
+        directory.event('exit', status=status, code=code, seconds=clock.own())

@@ -1,0 +1,72 @@
+"""When the numbers of a run have gone wrong: too many skipped steps in a row, a loss that is not finite, or a spike.
+
+A *spike* is judged robustly: the median of the last 8 losses against the median m of the 128 before them, in units of their
+scaled median absolute deviation (1.4826 MAD, which is the standard deviation of normal numbers), which counts as at least 1 % of
+the run's first loss. With m = 0.50, MAD = 0.02, a first loss of 2.30 and `train.spike_sigmas=30` the run has spiked when the
+median of 8 losses is above 0.50 + 30 * 0.030 = 1.39. Medians, so that one bad batch is none.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+RECENT, BASE, LEAST = 8, 128, 32  # losses that are judged, that they are judged by, and that there must be to judge by
+FLOOR = 0.01  # of the first loss
+
+
+class BadNumbersError(Exception):
+    """The numbers have gone wrong: `since` is the last step before it, `step` the newest."""
+
+    def __init__(self, since: int, step: int, reason: str):
+        super().__init__(reason)
+        self.since, self.step, self.reason = since, step, reason
+
+
+class Losses:
+    """The newest losses of a run, a number a step (NaN for a skipped one), and whether they spike.
+
+    `kept` is what `to_keep` gave at a checkpoint, so that a resumed run judges as one that was never stopped.
+    """
+
+    def __init__(self, sigmas: float | None, kept: dict | None = None):
+        kept = kept or {}
+        self.sigmas = sigmas
+        self.first: float | None = kept.get('first')
+        self._values = [math.nan if v is None else v for v in kept.get('values', [])]
+        self._judged = kept.get('judged', 0)  # how many of the values have been judged
+
+    def add(self, losses: Sequence[float]) -> None:
+        """The losses of the next steps."""
+        if self.first is None:
+            self.first = next((x for x in losses if math.isfinite(x)), None)
+        self._values += losses
+
+    def to_keep(self) -> dict:
+        """What a checkpoint keeps."""
+        return {'first': self.first, 'values': list(self._values), 'judged': self._judged}
+
+    def check(self, step: int) -> None:
+        """Judges the losses since the last check; `step` steps are done.
+
+        Raises:
+          BadNumbersError: they spike.
+        """
+        values, judged = self._values, self._judged
+        for end in range(judged + 1, len(values) + 1):
+            if self.sigmas is not None and (told := self._spike(values[max(0, end - RECENT - BASE) : end])):
+                raise BadNumbersError(step - len(values) + end - RECENT, step, told)
+        self._values = values[-(RECENT + BASE) :]
+        self._judged = len(self._values)
+
+    def _spike(self, values: list[float]) -> str | None:
+        """What is wrong with the last of these losses, in words."""
+        base, recent = (np.array([x for x in part if math.isfinite(x)]) for part in (values[:-RECENT], values[-RECENT:]))
+        if len(base) < LEAST or len(recent) < RECENT:
+            return None
+        middle, now = float(np.median(base)), float(np.median(recent))
+        scale = max(1.4826 * float(np.median(np.abs(base - middle))), FLOOR * abs(self.first or 0.0))
+        assert self.sigmas is not None
+        if now <= middle + self.sigmas * scale:
+            return None
+        return f'the loss has jumped from {middle:.4g} to {now:.4g}, more than {self.sigmas:g} deviations of {scale:.3g}'
