@@ -13,8 +13,10 @@ aborts in C++ two seconds later, should Python be stuck.)
 """
 
 import contextlib
+import ctypes
 import json
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -48,6 +50,7 @@ def start(mode: str) -> None:
         return
     given = {name: os.environ.get(f'JAX_{name.upper()}') for name in ('num_processes', 'process_id')}
     numbers = {name: None if text is None else int(text) for name, text in given.items()}
+    jax.config.update('jax_enable_preemption_service', False)  # it would swallow SIGTERM
     try:
         jax.distributed.initialize(
             None,
@@ -258,13 +261,30 @@ def end_for_loss(watch: Guardian, who: str) -> None:
 
 @contextlib.contextmanager
 def together(watch: Guardian) -> Iterator[None]:
-    """Inside, what a collective operation raises because another process is gone ends this one, with that reason."""
+    """Inside, what a collective operation raises, or aborts for, because another process is gone ends this one, with a reason."""
+    if not is_alone():
+        _explain_aborts(watch)
     try:
         yield
     except Exception as error:
         if not is_alone() and _is_loss(error):
             end_for_loss(watch, 'another process')
         raise
+
+
+def _explain_aborts(watch: Guardian) -> None:
+    """Has the process say why, and record its end, before an abort of C++ (gloo, jax' heartbeat) takes it."""
+
+    def aborted(number: int) -> None:
+        del number
+        end_for_loss(watch, 'most likely another process')
+
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)
+    _kept.append(handler)  # C holds no reference
+    ctypes.CDLL(None).signal(int(signal.SIGABRT), handler)
+
+
+_kept: list[Any] = []
 
 
 def _is_loss(error: Exception) -> bool:

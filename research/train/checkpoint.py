@@ -110,7 +110,7 @@ class Checkpoints:
         found = Fingerprints(tree)
         if bad := found.not_numbers():
             raise NumericalError(f'the state holds NaN ({bad[0]}): it is not saved', NUMBERS_FIX)
-        if step in self.steps():
+        if hosts.share(step in self.steps()):
             return self._promote(step, kind)
         described = {
             name: {'shape': list(leaf.shape), 'dtype': str(leaf.dtype), 'fingerprint': digits}

@@ -176,7 +176,7 @@ class CheckpointHook:
             self.save(self.checkpoints, step, state)
             with self.run.clock.phase('save'):
                 self.checkpoints.wait()
-            if self.checkpoints.failure is None:
+            if hosts.all_true(self.checkpoints.failure is None):
                 return
             self._check(self.checkpoints, may_retry)
             with self.run.clock.phase('save'):

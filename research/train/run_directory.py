@@ -12,6 +12,7 @@ summary.json     at the end: status, metrics, and what the run spent
 """
 
 import json
+import os
 import pathlib
 import time
 from typing import Any
@@ -53,9 +54,9 @@ class RunDirectory:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / '.writable'
+            probe = self.path / f'.writable-{os.getpid()}'
             probe.touch()
-            probe.unlink()
+            probe.unlink(missing_ok=True)
         except PermissionError as error:
             raise AccessError(f'you may not write to the run directory {self.path}', 'give another --workdir') from error
         except OSError as error:
