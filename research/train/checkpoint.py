@@ -162,7 +162,7 @@ class Checkpoints:
                 return step, *self._restored(step, abstract)
             except CorruptError as error:
                 tried.add(step)
-                self._put_away(step, error)
+                self._damaged(step, error)
         if tried or self.remains():
             raise StorageError(
                 f'no checkpoint in {self.folder} is good; the damaged ones are kept as *.corrupt',
@@ -205,18 +205,25 @@ class Checkpoints:
         average = found.pop('extra', {}).get('ema')
         return {'model_state': {}, **found}, average
 
-    def verify(self, step: int | str) -> None:
+    def verify(self, name: str) -> str:
         """Proves a checkpoint good without a model: files, and every leaf's fingerprint from the bytes on the disk.
+
+        Args:
+          name: of its folder, '1200' or '1200.corrupt'.
+
+        Returns: what it holds, in words.
 
         Raises:
           CorruptError: it is not.
         """
-        described = self._checked(step)
-        path = self.folder / str(step) / STATE
+        described = self._checked(name)
+        path = self.folder / name / STATE
         found = array_store.read(path, array_store.structure(path))
         if missing := set(described['leaves']) - set(leaves.flat(found)):
             raise CorruptError(f'{sorted(missing)[0]} is missing')
         _prove(found, described['leaves'])
+        size = sum(file['size'] for file in described['files'].values())
+        return f'{described["kind"]}  {len(described["leaves"])} leaves, {size / 1e6:.3g} MB  good'
 
     def close(self) -> None:
         """Waits for the last save and ends the background threads."""
@@ -293,18 +300,21 @@ class Checkpoints:
         for path in self.folder.glob('*tmp*') if self.folder.is_dir() else ():
             shutil.rmtree(path, ignore_errors=True)
 
-    def _put_away(self, step: int, error: CorruptError) -> None:
-        """Takes the name of a checkpoint from what is none."""
+    def _damaged(self, step: int, error: CorruptError) -> None:
+        """Tells of a checkpoint that is none, and puts it away."""
         path = self.folder / str(step)
         self.say(f'\nERROR: checkpoint {path} is damaged: {error}')
         self.event('corrupt', step=step, folder=self.folder.name, reason=str(error))
-        if not self.writable or not hosts.is_main():
-            return
+        if self.writable and hosts.is_main():
+            self.say(f'       it is kept as {self.put_away(step)}; trying the checkpoint before it')
+
+    def put_away(self, step: int) -> str:
+        """Takes the name of a checkpoint from what is none; returns the new name."""
         numbered = (f'{step}.corrupt' if i == 0 else f'{step}.corrupt-{i}' for i in range(1000))
         name = next(name for name in numbered if not (self.folder / name).exists())
-        path.rename(self.folder / name)
+        (self.folder / str(step)).rename(self.folder / name)
         files.sync_folder(self.folder)
-        self.say(f'       it is kept as {name}; trying the checkpoint before it')
+        return name
 
     def _described(self, step: int | str) -> dict[str, Any] | None:
         """The manifest of a step; None if it is not right."""
@@ -317,7 +327,7 @@ class Checkpoints:
         """The manifest of a step whose files are as it says."""
         path = self.folder / str(step)
         described = manifest.read(path)
-        if isinstance(step, int) and described['step'] != step:
+        if described['step'] != int(str(step).partition('.')[0]):
             raise CorruptError(f'it is of step {described["step"]}')
         manifest.check_files(path, described)
         return described

@@ -97,7 +97,7 @@ class LogHook:
         return pace
 
     def _check_numbers(self, step: int, state: TrainState, loss: float) -> None:
-        """Stops steps that cannot come to anything: a spike, too many skipped steps in a row, or, without the guard, a bad loss.
+        """Stops steps that come to nothing: a spike, too many skipped steps in a row, or, without the guard, a bad loss.
 
         Raises:
           BadNumbersError: so it is.

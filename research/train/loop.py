@@ -26,7 +26,7 @@ from research.parallel import cache, hosts, memory
 from research.parallel import mesh as meshes
 from research.parallel.hosts import Votes
 from research.tasks.base import Task
-from research.train import build, care, flops, rollback, start
+from research.train import build, care, faults, flops, rollback, start
 from research.train.adapters import describe_size
 from research.train.checkpoint import Checkpoints
 from research.train.evaluate import Evaluator
@@ -54,6 +54,7 @@ def train(
     Raises:
       FulcrumError: with the exit code of the process; `StoppedError` after Ctrl-C or SIGTERM, when the state is saved.
     """
+    faults.install()
     directory = RunDirectory(workdir)
     if (summary := finished(experiment, directory, allow_change)) is not None:
         return summary

@@ -1,8 +1,8 @@
 """When the numbers of a run have gone wrong: too many skipped steps in a row, a loss that is not finite, or a spike.
 
 A *spike* is judged robustly: the median of the last 8 losses against the median m of the 128 before them, in units of their
-scaled median absolute deviation (1.4826 MAD, which is the standard deviation of normal numbers), which counts as at least 1 % of
-the run's first loss. With m = 0.50, MAD = 0.02, a first loss of 2.30 and `train.spike_sigmas=30` the run has spiked when the
+scaled median absolute deviation (1.4826 MAD, which is the standard deviation of normal numbers), which counts as at least 1 %
+of the run's first loss. With m = 0.50, MAD = 0.02, a first loss of 2.30 and `train.spike_sigmas=30` the run has spiked when the
 median of 8 losses is above 0.50 + 30 * 0.030 = 1.39. Medians, so that one bad batch is none.
 """
 

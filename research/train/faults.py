@@ -1,0 +1,182 @@
+"""Faults for tests, and for nothing else: the environment variable FULCRUM_FAULTS, read here alone.
+
+    FULCRUM_FAULTS='kill@save:2,nan@7-9'       # dies at the second save; the batches 7 to 9 give NaN
+
+`what@place:n`, at the n-th time (from 1) that a process enters a phase of the clock (`start`, `restore`, `compile`, `data`,
+`train`, `evaluate`, `save`) or comes to `manifest` (arrays written, no manifest yet) or `rename` (manifest written, not yet
+named): `kill` (SIGKILL), `term`, `int`, `usr1` (the signal to itself), `hang` (sleeps), `gil` (sleeps with Python's lock),
+`full` (no file may grow any more: RLIMIT_FSIZE), `room` (it may again), `raise` (RuntimeError).
+`nan@a-b`, `spike@a-b`, `slow@a-b`: the batches a to b of the plan give NaN, or have other labels, or take a second each.
+`flip@k`: the first run of step k computes one wrong bit, as a broken device does.
+"""
+
+import contextlib
+import ctypes
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+VARIABLE = 'FULCRUM_FAULTS'
+_installed: list[str] = []
+
+
+def install() -> None:
+    """Puts the faults that the environment asks for in their places."""
+    text = os.environ.get(VARIABLE, '')
+    if not text or _installed:
+        return
+    _installed.append(text)
+    sys.stderr.write(f'warning: faults are injected: {VARIABLE}={text}\n')
+    at_places, at_batches = {}, []
+    for item in text.split(','):
+        what, _, where = item.partition('@')
+        place, _, times = where.partition(':')
+        if times:
+            at_places[place, int(times)] = what
+        else:
+            first, _, last = where.partition('-')
+            at_batches.append((what, int(first), int(last or first)))
+    _Places(at_places).install()
+    _install_batches([fault for fault in at_batches if fault[0] != 'flip'])
+    _install_flips({first for what, first, _ in at_batches if what == 'flip'})
+
+
+class _Places:
+    """Counts how often each place was entered, and strikes."""
+
+    def __init__(self, faults: dict[tuple[str, int], str]):
+        self.faults, self.counts = faults, {}
+
+    def install(self) -> None:
+        from research.core import clock
+        from research.train import manifest
+
+        phase, write, enter = clock.Clock.phase, manifest.write, self.enter
+
+        @contextlib.contextmanager
+        def faulty_phase(self: Any, name: str) -> Iterator[None]:
+            with phase(self, name):
+                enter(name)
+                yield
+
+        def faulty_write(*arguments: Any) -> None:
+            enter('manifest')
+            write(*arguments)
+            enter('rename')
+
+        clock.Clock.phase = faulty_phase
+        manifest.write = faulty_write
+
+    def enter(self, place: str) -> None:
+        """Counts one more, and does what is asked for there."""
+        self.counts[place] = self.counts.get(place, 0) + 1
+        what = self.faults.get((place, self.counts[place]))
+        if what is not None:
+            STRIKES[what]()
+
+
+def _signal(number: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+def _limit(size: int) -> Callable[[], None]:
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def _raise() -> None:
+    raise RuntimeError('an injected fault')
+
+
+STRIKES: dict[str, Callable[[], Any]] = {
+    'kill': _signal(signal.SIGKILL),
+    'term': _signal(signal.SIGTERM),
+    'int': _signal(signal.SIGINT),
+    'usr1': _signal(signal.SIGUSR1),
+    'hang': lambda: time.sleep(3600),
+    'gil': lambda: ctypes.PyDLL(None).sleep(3600),
+    'full': _limit(64),
+    'room': _limit(resource.RLIM_INFINITY),
+    'raise': _raise,
+}
+
+
+def _install_batches(faults: list[tuple[str, int, int]]) -> None:
+    """Has batches of the plan go wrong, by their number in the plan: what is left out is left out with its fault."""
+    if not faults:
+        return
+    from research.train import loop, rollback
+
+    make_feed = loop.make_feed
+
+    def faulty(source: Any, plan: Any, sharding: Any, placement: str) -> Callable[[int], Any]:
+        feed = make_feed(source, plan, sharding, placement)
+        history = plan.history if isinstance(plan, rollback.Shifted) else []
+        if not hasattr(plan, 'seed') and not history and not isinstance(plan, rollback.Shifted):
+            return feed  # an evaluation
+
+        def faulty_feed(step: int) -> Any:
+            batch = feed(step)
+            number = rollback.shifted(step, history)
+            for what, first, last in faults:
+                if first <= number <= last:
+                    batch = BATCHES[what](batch)
+            return batch
+
+        return faulty_feed
+
+    loop.make_feed = faulty
+
+
+def _nan(batch: dict[str, Any]) -> dict[str, Any]:
+    return {**batch, 'mask': batch['mask'] * np.float32(np.nan)}
+
+
+def _spike(batch: dict[str, Any]) -> dict[str, Any]:
+    return {**batch, 'label': (batch['label'] + 1) % 10}
+
+
+def _slow(batch: dict[str, Any]) -> dict[str, Any]:
+    time.sleep(1)
+    return batch
+
+
+BATCHES = {'nan': _nan, 'spike': _spike, 'slow': _slow}
+
+
+def _install_flips(steps: set[int]) -> None:
+    """Has the compiled step give one wrong bit in its first leaf of parameters, once for each of `steps`."""
+    if not steps:
+        return
+    from research.parallel import compile as compilation
+
+    make = compilation.compile_step
+
+    def faulty(*arguments: Any) -> Any:
+        step = make(*arguments)
+
+        def faulty_step(state: Any, batch: Any) -> Any:
+            number = int(state.step)
+            new, terms = step(state, batch)
+            if number not in steps:
+                return new, terms
+            steps.discard(number)
+            leaves, structure = jax.tree.flatten(new.params)
+            return new.replace(params=jax.tree.unflatten(structure, [_flipped(leaves[0]), *leaves[1:]])), terms
+
+        return faulty_step
+
+    compilation.compile_step = faulty
+
+
+def _flipped(leaf: jax.Array) -> jax.Array:
+    words = jax.lax.bitcast_convert_type(leaf, jnp.uint32)
+    flipped = words.at[(0,) * words.ndim].set(words[(0,) * words.ndim] ^ np.uint32(1 << 12))
+    return jax.device_put(jax.lax.bitcast_convert_type(flipped, leaf.dtype), leaf.sharding)
