@@ -4,15 +4,15 @@
         watch.enter('compile')                   # the phase has its own bound; `core.clock.Clock` calls this
         guardian.beat()                          # progress inside a phase
 
-*Signals.* Python runs a signal handler only when the main thread is back from C++, where it may spend minutes (a compilation). The
-C-level handler writes a byte into a pipe at once, and the guardian reads it. The first signal asks the run to stop: where the main
-thread has nothing to lose (`NOTHING_TO_LOSE`) the process ends after `START_GRACE_S`, elsewhere after `grace` seconds unless the
-main thread has saved and gone before. The second ends the process at once.
+*Signals.* Python runs a signal handler only when the main thread is back from C++, where it may spend minutes (a compilation).
+The C-level handler writes a byte into a pipe at once, and the guardian reads it. The first signal asks the run to stop: where
+the main thread has nothing to lose (`NOTHING_TO_LOSE`) the process ends after `START_GRACE_S`, elsewhere after `grace` seconds
+unless the main thread has saved and gone before. The second ends the process at once.
 
-*Hangs.* Each phase has a bound in seconds (`LIMITS`). When it is over without a beat, every thread's stack goes to the stack file
-and the process ends with 124. If the guardian cannot run itself, because something holds Python's lock, two timers of C do the
-same some seconds later: `faulthandler` writes the stacks, and a POSIX timer calls `_exit(124)`. (Without `timer_create`, as on
-macOS, faulthandler ends the process, with code 1.)
+*Hangs.* Each phase has a bound in seconds (`LIMITS`). When it is over without a beat, every thread's stack goes to the stack
+file and the process ends with 124. If the guardian cannot run itself, because something holds Python's lock, two timers of C do
+the same some seconds later: `faulthandler` writes the stacks, and a POSIX timer calls `_exit(124)`. (Without `timer_create`, as
+on macOS, faulthandler ends the process, with code 1.)
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from research.core.errors import ExitCode, Interrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 NOTHING_TO_LOSE = ('start', 'restore', 'compile')  # no step is done that is not on disk
-LEAVE_AT_ONCE = ('data', 'evaluate')  # where a single process may be interrupted anywhere without loss
+LEAVE_AT_ONCE = ('data',)  # where a single process may be interrupted anywhere without loss
 LIMITS = {
     'start': 1800.0,
     'restore': 3600.0,
@@ -104,7 +104,10 @@ class Guardian:
 
     def enter(self, phase: str) -> None:
         """The main thread is in `phase` now."""
-        self.phase, self._beat = phase, time.monotonic()
+        now = time.monotonic()
+        self.phase, self._beat = phase, now
+        if now + self._limit() < self._armed - TICK_S:  # else the guardian has the time to do it, and steps stay cheap
+            self._arm(now + self._limit())
 
     def beat(self) -> None:
         """The main thread has come a step further."""
@@ -189,7 +192,7 @@ class Guardian:
             self.end('StoppedError', ExitCode.STOPPED, f'{told}\n  fix: {fix}')
 
     def _check_progress(self) -> None:
-        limit, beat = self.limits.get(self.phase, max(self.limits.values())), self._beat
+        limit, beat = self._limit(), self._beat
         left = beat + limit - time.monotonic()
         if left <= 0:
             self._dump()
@@ -201,9 +204,17 @@ class Guardian:
                 f'  fix: the same command goes on from the last checkpoint; config.watchdog.{self.phase} is the bound',
             )
         if abs(beat + limit - self._armed) > TICK_S:
-            self._armed = beat + limit
-            faulthandler.dump_traceback_later(left + SLACK_S, file=self._stacks, exit=not self._timer.exists)
-            self._timer.arm(left + SLACK_S + 1.0)
+            self._arm(beat + limit)
+
+    def _limit(self) -> float:
+        return self.limits.get(self.phase, max(self.limits.values()))
+
+    def _arm(self, deadline: float) -> None:
+        """Sets the timers of C a little behind `deadline`."""
+        self._armed = deadline
+        left = max(deadline - time.monotonic(), 0.0) + SLACK_S
+        faulthandler.dump_traceback_later(left, file=self._stacks, exit=not self._timer.exists)
+        self._timer.arm(left + 1.0)
 
     def _dump(self) -> None:
         with contextlib.suppress(Exception):

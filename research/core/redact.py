@@ -61,7 +61,11 @@ RULES = [
         0,
     ),
     # a line of such a key alone
-    (r'^([ +-]?[ \t]{0,40})(?=[^\n]{0,99}[a-z])(?=[^\n]{0,99}[A-Z])(?=[^\n]{0,99}\d)[A-Za-z0-9+/]{60,80}={0,2}$', rf'\1{HIDDEN}', re.M),
+    (
+        r'^([ +-]?[ \t]{0,40})(?=[^\n]{0,99}[a-z])(?=[^\n]{0,99}[A-Z])(?=[^\n]{0,99}\d)[A-Za-z0-9+/]{60,80}={0,2}$',
+        rf'\1{HIDDEN}',
+        re.M,
+    ),
     # scheme://user:password@, scheme://:password@, https://token@
     (r'(://)(?!\[redacted\]@)[^\s/@:"\'`<>]{0,200}:(?!\d{1,5}/)[^\s"\'`<>]{1,300}@', rf'\1{HIDDEN}@', 0),
     (r'(https?://)[\w.~%-]{16,300}@', rf'\1{HIDDEN}@', _I),
@@ -93,7 +97,11 @@ RULES = [
     (r'((?:^|\s)(?:-u|--user)[ \t=]["\']?[^\s:"\']{1,99}:)(?!\d+\b)[^\s"\']+', rf'\1{HIDDEN}', re.M),
     (r'(\blogin[ \t]{1,9}\S{1,99}\s{1,9}password[ \t]{1,9}|\bsshpass[ \t]{1,9}-p[ \t]{0,9})\S+', rf'\1{HIDDEN}', _I),
     # flags: --a.token=x; with a blank in between the value must have a digit, or the next word of a sentence would be taken
-    (rf'((?<![\w-])-{{1,2}}[a-z][\w.-]{{0,99}}?(?<![a-z]){_NAME}{_END}=)(?:"[^"\n]+"|\'[^\'\n]+\'|[^\s"\']+)', rf'\1{HIDDEN}', _I),
+    (
+        rf'((?<![\w-])-{{1,2}}[a-z][\w.-]{{0,99}}?(?<![a-z]){_NAME}{_END}=)(?:"[^"\n]+"|\'[^\'\n]+\'|[^\s"\']+)',
+        rf'\1{HIDDEN}',
+        _I,
+    ),
     (rf'((?<![\w-])--[\w.-]{{0,99}}?(?<![a-z]){_NAME}{_END}[ \t])(?=\S{{0,99}}\d)[^\s"\'`-]\S{{5,}}', rf'\1{HIDDEN}', _I),
     (rf'((?<=[:,;?&]){_NAME}{_END}=){_NO_CODE}[^\s"\'`,;&)]+', rf'\1{HIDDEN}', _I),
     # variables of the environment: no blanks around the sign

@@ -127,3 +127,6 @@ class _Quiet:
 
 
 QUIET = _Quiet()
+# Writes that fail are reported once; asyncio would print each of them again when it forgets the task.
+_FORGOTTEN = ('async_serialize', 'OCDBT', 'tensorstore')
+logging.getLogger('asyncio').addFilter(lambda record: not any(word in record.getMessage() for word in _FORGOTTEN))

@@ -14,6 +14,7 @@ shapes and dtypes are compared first (nothing is cast, left out or made up), and
 """
 
 import dataclasses
+import errno
 import pathlib
 import shutil
 import sys
@@ -122,6 +123,7 @@ class Checkpoints:
             if hosts.is_main():
                 shutil.rmtree(target, ignore_errors=True)
                 target.mkdir(parents=True)
+                _check_room(target, sum(leaf.nbytes for leaf in leaves.flat(tree).values()))
             self._store.begin(target / STATE, tree)
         except Exception as error:  # noqa: BLE001 - the disk, or Orbax about the disk: reported by `failure`
             self._failed(step, error)
@@ -344,6 +346,13 @@ class Checkpoints:
 def _tree(state: TrainState) -> dict[str, Any]:
     """What is stored of a state; its leaves are named 'params/Dense_0/kernel'."""
     return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+
+
+def _check_room(folder: pathlib.Path, needed: int) -> None:
+    """Raises OSError where the disk is too full for so many bytes: Orbax would find out half-way, and in many more words."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f'{needed / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free')
 
 
 def _together(action: Callable[[], Any]) -> Any:

@@ -180,7 +180,8 @@ class CheckpointHook:
                 return
             self._check(self.checkpoints, may_retry)
             with self.run.clock.phase('save'):
-                time.sleep(min(self._pause(self.checkpoints), 60.0))
+                left = 60 * self.run.experiment.checkpoint.retry_minutes - self._tried(self.checkpoints)
+                time.sleep(max(min(self._pause(self.checkpoints), left, 60.0), 0.0))
 
     def _is_best(self, step: int) -> bool:
         metric, mode = self.run.experiment.checkpoint.best, self.run.experiment.checkpoint.best_mode
@@ -199,11 +200,14 @@ class CheckpointHook:
     def _pause(self, checkpoints: Checkpoints) -> float:
         return RETRY_S * 2 ** (min(checkpoints.failure.count, 8) - 1) if checkpoints.failure else 0.0
 
+    def _tried(self, checkpoints: Checkpoints) -> float:
+        return time.monotonic() - checkpoints.failure.since if checkpoints.failure else 0.0
+
     def _check(self, checkpoints: Checkpoints | None, may_retry: bool = True) -> None:
         failure = None if checkpoints is None else checkpoints.failure
         if checkpoints is None or failure is None:
             return
-        tried = time.monotonic() - failure.since
+        tried = self._tried(checkpoints)
         if may_retry and tried < 60 * self.run.experiment.checkpoint.retry_minutes:
             return
         good = checkpoints.latest()
