@@ -21,10 +21,8 @@ except ImportError:
 from research.core import config_file, guardian, schema
 from research.core.errors import ExitCode, FulcrumError, UsageError, explain
 
-RUN_MODES = {  # of the run in --workdir
-    'evaluate': 'research.train.evaluate_run', 'export': 'research.serve.export', 'verify': 'research.train.verify',
-    'replay': 'research.train.replay', 'report': 'research.train.ledger',
-}  # fmt: skip
+RUN_MODES = {'evaluate': 'train.evaluate_run', 'export': 'serve.export', 'verify': 'train.verify', 'replay': 'train.replay'}
+RUN_MODES |= {'report': 'train.ledger'}  # all of them of the run in --workdir
 MODES = ('train', *RUN_MODES, 'show', 'doctor')
 
 FLAGS = flags.FlagValues()
@@ -46,17 +44,11 @@ def parse(argv: list[str]) -> list[str]:
     try:
         rest = FLAGS([a for a in argv if not a.startswith(('--config.', '-config.'))])
     except flags.Error as error:
-        raise UsageError(str(error).split('\n')[0], _flag_hint(argv)) from error
+        raise UsageError(str(error).split('\n')[0], config_file.flag_hint(argv[1:], FLAGS, MODES)) from error
     if len(rest) > 1:
         dashed = f'did you mean --{rest[1]}?' if '=' in rest[1] else f'flags are --NAME=VALUE: {", ".join(sorted(FLAGS))}'
         raise UsageError(f'unexpected argument {rest[1]!r}', dashed)
     return overrides
-
-
-def _flag_hint(argv: list[str]) -> str:
-    words = [a.lstrip('-').split('=')[0] for a in argv[1:] if a.startswith('--')]
-    unknown = next((w for w in words if w not in FLAGS and not w.startswith('config.')), None)
-    return f'--mode is one of {", ".join(MODES)}' if unknown is None else config_file.flag_hint(unknown, FLAGS)
 
 
 def load(overrides: list[str]) -> schema.Experiment:
@@ -80,7 +72,8 @@ def dispatch(overrides: list[str]) -> None:
     if FLAGS.mode in RUN_MODES and FLAGS.workdir is None:
         raise UsageError('--workdir is missing', 'for example --workdir=runs/digits_cnn')
     if FLAGS.mode in RUN_MODES:
-        return importlib.import_module(RUN_MODES[FLAGS.mode]).report(pathlib.Path(FLAGS.workdir), overrides, FLAGS.trust_run)
+        run_mode = importlib.import_module(f'research.{RUN_MODES[FLAGS.mode]}')
+        return run_mode.report(pathlib.Path(FLAGS.workdir), overrides, FLAGS.trust_run)
     experiment = load(overrides)
     if FLAGS.mode == 'show':
         from research.core import show

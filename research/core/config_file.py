@@ -50,10 +50,15 @@ def known_configs() -> str:
     return 'known: ' + ', '.join(str(p) for p in sorted(pathlib.Path('configs').glob('*.py')) if p.stem != '__init__')
 
 
-def flag_hint(word: str, flags: Iterable[str]) -> str:
-    """What the unknown flag --WORD may have meant: a config key of that name, or a flag that is near."""
+def flag_hint(arguments: Sequence[str], flags: Iterable[str], modes: Iterable[str]) -> str:
+    """What the first unknown flag among the arguments may have meant: a config key of that name, or a flag that is near."""
+    words = [argument.lstrip('-').split('=')[0] for argument in arguments if argument.startswith('--')]
+    known = [flag for flag in flags if flag != '?']
+    word = next((w for w in words if w not in known and not w.startswith('config.')), None)
+    if word is None:
+        return f'--mode is one of {", ".join(modes)}'
     keys = [path for path, _ in fields.walk(Experiment) if path.split('.')[-1] == word]
-    return f'did you mean --config.{keys[0]}?' if keys else nearest(word, [flag for flag in flags if flag != '?'])
+    return f'did you mean --config.{keys[0]}?' if keys else nearest(word, known)
 
 
 def resolve(text: str, overrides: Sequence[str] = ()) -> Experiment:

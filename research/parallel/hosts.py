@@ -4,12 +4,12 @@
     share(value)                        # the main process's value, in every process
     votes = Votes(...); votes.request('stop'); ...; votes.agreed('stop')      # True after the same step in every process
 
-Several processes talk through the key-value store of jax' coordination service. *Votes*: a request gets a number; a thread in each
-process notices it within `POLL_S` and publishes the next boundary (call of `agreed`) that its main thread has not passed; the
-largest of these is the boundary at which all do it. A main thread that comes to a boundary while a vote is open waits there
+Several processes talk through the key-value store of jax' coordination service. *Votes*: a request gets a number; a thread in
+each process notices it within `POLL_S` and publishes the next boundary (call of `agreed`) that its main thread has not passed;
+the largest of these is the boundary at which all do it. A main thread that comes to a boundary while a vote is open waits there
 until all have published, so that none can be too far. *Signs of life*: the main process watches the counters of all, all watch
-the main one's; a process that is silent for `LOST_S` is lost, and the rest ends with 134 and a plain reason. (jax' own heartbeat
-aborts in C++ two seconds later, should Python be stuck.)
+the main one's; a process that is silent for `LOST_S` is lost, and the rest ends with 134 and a plain reason. (jax' own
+heartbeat aborts in C++ two seconds later, should Python be stuck.)
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -261,7 +261,7 @@ def end_for_loss(watch: Guardian, who: str) -> None:
 
 @contextlib.contextmanager
 def together(watch: Guardian) -> Iterator[None]:
-    """Inside, what a collective operation raises, or aborts for, because another process is gone ends this one, with a reason."""
+    """Inside, what a collective operation raises, or aborts for, because a process is gone ends this one, with a reason."""
     if not is_alone():
         _explain_aborts(watch)
     try:

@@ -27,6 +27,12 @@ def _digests(arrays: list[jax.Array], sharding: NamedSharding | None) -> tuple[j
     return found if sharding is None else jax.lax.with_sharding_constraint(found, sharding)
 
 
+@jax.jit
+def digest(x: jax.Array) -> jax.Array:
+    """The fingerprint of one array, (2,) uint32."""
+    return _digest(x)
+
+
 def _digest(x: jax.Array) -> jax.Array:
     """The two halves, (2,) uint32."""
     words = _words(x)

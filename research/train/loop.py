@@ -28,6 +28,7 @@ from research.parallel.hosts import Votes
 from research.tasks.base import Task
 from research.train import build, care, faults, flops, rollback, start
 from research.train.adapters import describe_size
+from research.train.audit import Audit
 from research.train.checkpoint import Checkpoints
 from research.train.evaluate import Evaluator
 from research.train.hooks import CheckpointHook, EarlyStopHook, EvaluateHook, Hook, LogHook, check_watched
@@ -162,7 +163,9 @@ def _train(run: Run, parts: build.Parts, checkpoints: Checkpoints, best: Checkpo
     start.go_on(run, first, origin, best, watch.since)
     run.reporter.phase('compiling')
     with run.clock.phase('compile'):
-        step = build.compile_parts(parts, run.experiment, run.mesh)
+        step = Audit(
+            build.compile_parts(parts, run.experiment, run.mesh), run.steps_of(run.experiment.train.audit_every), run.differ
+        )
     run.directory.event('compile', seconds=run.clock.own())
 
     def steps(state: TrainState, earlier: dict[str, Any]) -> TrainState:
@@ -180,7 +183,7 @@ def _train(run: Run, parts: build.Parts, checkpoints: Checkpoints, best: Checkpo
     if watch.stopped is not None and int(state.step) < run.total_steps and run.stop is None:
         run.directory.event('signal', name=watch.stopped, step=int(state.step))
         raise StoppedError(f'stopped by {watch.stopped} at step {int(state.step)}', 'the same command goes on from there')
-    return _finish(run, state, parts, best)
+    return _finish(run, state, parts, best, step)
 
 
 def _steps(run: Run, step: Step, state: TrainState, hooks: list[Hook]) -> TrainState:
@@ -213,7 +216,7 @@ def _steps(run: Run, step: Step, state: TrainState, hooks: list[Hook]) -> TrainS
     return state
 
 
-def _finish(run: Run, state: TrainState, parts: build.Parts, best: Checkpoints | None) -> dict[str, Any]:
+def _finish(run: Run, state: TrainState, parts: build.Parts, best: Checkpoints | None, audit: Audit) -> dict[str, Any]:
     """The final evaluation and the summary."""
     step = int(state.step)
     metrics = {split: run.evaluate(split, step, state) for split in run.experiment.evaluate.final}
@@ -228,6 +231,7 @@ def _finish(run: Run, state: TrainState, parts: build.Parts, best: Checkpoints |
         'best': best_results,
         'skipped_steps': int(state.extra['skips']['total']) if 'skips' in state.extra else None,
         'rollbacks': len(run.windows),
+        'audit': {'steps': audit.steps, 'differences': audit.differences} if audit.every else None,
         'budget': run.spent(step),
     }
     if hosts.is_main():

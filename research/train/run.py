@@ -83,8 +83,18 @@ class Run:
 
     def is_due(self, every: Duration, step: int) -> bool:
         """Whether something with the period `every` falls on `step`; a period of zero never does."""
-        period = every.to_steps(self.facts)
+        period = self.steps_of(every)
         return period > 0 and step % period == 0
+
+    def steps_of(self, duration: Duration) -> int:
+        """A duration of this run in steps."""
+        return duration.to_steps(self.facts)
+
+    def differ(self, step: int, problems: list[str]) -> None:
+        """Tells of a step that gave other bits when it was taken again."""
+        told = '; '.join(problems[:4]) + (f'; and {len(problems) - 4} more' if len(problems) > 4 else '')
+        self.reporter.say(f'ERROR: step {step} gave other bits when it was taken again: {told}: that device computes wrong')
+        self.directory.event('audit', step=step, problems=problems)
 
     def is_evaluated(self, metric: str, step: int) -> bool:
         """Whether 'split/name' was measured after exactly `step` steps."""
