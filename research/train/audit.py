@@ -1,9 +1,9 @@
 """The replay audit: now and then a step is taken twice, and must give the same bits; if not, a device computes wrong.
 
 The two results are compared shard by shard, and replicas of one leaf with each other, so that the device can be named. Where
-they differ the step is taken a third time, and training goes on from the result that two of them share. A step is a pure function of
-state and batch, so nothing but a fault can make them differ, given that the backend is deterministic (on GPUs only with
-`XLA_FLAGS=--xla_gpu_deterministic_ops=true`). It costs one step and two copies of the state every `train.audit_every`.
+they differ the step is taken a third time, and training goes on from the result that two of them share. A step is a pure
+function of state and batch, so nothing but a fault can make them differ, given that the backend is deterministic (on GPUs only
+with `XLA_FLAGS=--xla_gpu_deterministic_ops=true`). It costs one step and two copies of the state every `train.audit_every`.
 
 A fault that is always the same on one device, in every replica, is not seen by this.
 """

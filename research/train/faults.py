@@ -7,6 +7,7 @@
 named): `kill` (SIGKILL), `term`, `int`, `usr1` (the signal to itself), `hang` (sleeps), `gil` (sleeps with Python's lock),
 `full` (no file may grow any more: RLIMIT_FSIZE), `room` (it may again), `raise` (RuntimeError).
 `nan@a-b`, `spike@a-b`, `slow@a-b`: the batches a to b of the plan give NaN, or have other labels, or take a second each.
+`ids@a-b`: tells on standard error which examples these batches hold.
 `flip@k`: the first run of step k computes one wrong bit, as a broken device does.
 """
 
@@ -23,6 +24,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from research.core import files
 
 VARIABLE = 'FULCRUM_FAULTS'
 _installed: list[str] = []
@@ -80,6 +83,7 @@ class _Places:
         self.counts[place] = self.counts.get(place, 0) + 1
         what = self.faults.get((place, self.counts[place]))
         if what is not None:
+            sys.stderr.write(f'struck {time.time():.3f} {what} at {place}\n')
             STRIKES[what]()
 
 
@@ -127,7 +131,7 @@ def _install_batches(faults: list[tuple[str, int, int]]) -> None:
             number = rollback.shifted(step, history)
             for what, first, last in faults:
                 if first <= number <= last:
-                    batch = BATCHES[what](batch)
+                    batch = BATCHES[what](batch, step)
             return batch
 
         return faulty_feed
@@ -135,20 +139,29 @@ def _install_batches(faults: list[tuple[str, int, int]]) -> None:
     loop.make_feed = faulty
 
 
-def _nan(batch: dict[str, Any]) -> dict[str, Any]:
+def _nan(batch: dict[str, Any], step: int) -> dict[str, Any]:
+    del step
     return {**batch, 'mask': batch['mask'] * np.float32(np.nan)}
 
 
-def _spike(batch: dict[str, Any]) -> dict[str, Any]:
+def _spike(batch: dict[str, Any], step: int) -> dict[str, Any]:
+    del step
     return {**batch, 'label': (batch['label'] + 1) % 10}
 
 
-def _slow(batch: dict[str, Any]) -> dict[str, Any]:
+def _slow(batch: dict[str, Any], step: int) -> dict[str, Any]:
+    del step
     time.sleep(1)
     return batch
 
 
-BATCHES = {'nan': _nan, 'spike': _spike, 'slow': _slow}
+def _ids(batch: dict[str, Any], step: int) -> dict[str, Any]:
+    mine = [np.asarray(shard.data).tobytes() for shard in batch['id'].addressable_shards]
+    sys.stderr.write(f'ids {step} {files.digest(mine)}\n')
+    return batch
+
+
+BATCHES = {'nan': _nan, 'spike': _spike, 'slow': _slow, 'ids': _ids}
 
 
 def _install_flips(steps: set[int]) -> None:

@@ -157,6 +157,9 @@ class CheckpointHook:
             self._saved_at = time.monotonic()
             meta = {'log': self.log.unrecorded(), 'losses': self.log.losses.to_keep(), 'rollbacks': len(self.run.windows)}
             spent = {'seconds': self.run.clock.snapshot(), 'device_seconds': self.run.device_seconds()}
+            if self.best is not None and not hosts.is_alone():  # Orbax' barriers have the same names in both
+                self.checkpoints.wait()
+                self.best.wait()
             self.run.writer.flush(sync=True)  # what a checkpoint says is done must be on record, also after a power cut
             try:
                 saved = checkpoints.save(step, state, {**spent, **meta}, kind)
