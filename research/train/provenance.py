@@ -1,4 +1,7 @@
-"""Where a run comes from: the command, the code, the versions and the devices, written before step 0."""
+"""Where a run comes from: the command, the code, the versions and the devices, written before step 0, without secrets.
+
+provenance()['git']  # {'commit': '1974d70...', 'diff': '+login(token="[redacted]")'}
+"""
 
 import importlib.metadata
 import os
@@ -11,6 +14,8 @@ from typing import Any
 
 import jax
 
+from research.core.redact import redact
+
 ROOT = pathlib.Path(__file__).parents[2]
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'tensorflow-datasets', 'grain', 'ml-collections')
 FLAGS = ('XLA_FLAGS', 'JAX_PLATFORMS', 'LIBTPU_INIT_ARGS', 'CUDA_VISIBLE_DEVICES')
@@ -22,13 +27,13 @@ def provenance() -> dict[str, Any]:
     devices = jax.devices()
     return {
         'time': time.strftime('%Y-%m-%dT%H:%M:%S%z'),
-        'argv': sys.argv,
-        'git': {'commit': _git('rev-parse', 'HEAD'), 'diff': (_git('diff', 'HEAD') or '')[:MAX_DIFF]},
+        'argv': redact(sys.argv),
+        'git': {'commit': _git('rev-parse', 'HEAD'), 'diff': _difference()},
         'python': platform.python_version(),
         'packages': {name: _version(name) for name in PACKAGES},
         'platform': devices[0].platform,
         'devices': {'kind': devices[0].device_kind, 'count': len(devices), 'processes': jax.process_count()},
-        'environment': {name: os.environ[name] for name in FLAGS if name in os.environ},
+        'environment': redact({name: os.environ[name] for name in FLAGS if name in os.environ}),
     }
 
 
@@ -39,10 +44,19 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _difference() -> str:
+    """What the code has that its commit has not. Of a long one whole lines are kept: half a secret has no form to be known by."""
+    text = _git('diff', '--no-color', '--no-ext-diff', 'HEAD') or ''
+    if len(text) > MAX_DIFF:
+        text = text[:MAX_DIFF].rpartition('\n')[0]
+    return redact(text)
+
+
 def _git(*arguments: str) -> str | None:
     """What git says of this code; None where there is no git or no repository."""
     try:
         command = ['git', '-C', str(ROOT), *arguments]  # no user input in it
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()  # noqa: S603
+        done = subprocess.run(command, capture_output=True, check=True, timeout=10)  # noqa: S603
+        return done.stdout.decode(errors='replace').strip()  # the code may be in any encoding
     except (OSError, subprocess.SubprocessError):
         return None
