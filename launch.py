@@ -8,7 +8,6 @@ resumes. Exit: 0 done, 2 usage, 74 storage, 75 stopped, 76 numbers, 77 permissio
 """
 
 import importlib
-import os
 import pathlib
 import sys
 import traceback
@@ -18,7 +17,7 @@ try:
 except ImportError:
     sys.exit('error: this Python has no absl\n  fix: pip install -r requirements/cpu.txt, or activate its environment')
 
-from research.core import config_file, guardian, schema
+from research.core import config_file, files, guardian, schema
 from research.core.errors import ExitCode, FulcrumError, UsageError, explain
 
 RUN_MODES = {'evaluate': 'train.evaluate_run', 'export': 'serve.export', 'verify': 'train.verify', 'replay': 'train.replay'}
@@ -101,9 +100,8 @@ def main(argv: list[str]) -> int:
     try:
         with guardian.watching(guardian.process_start()):
             dispatch(parse(argv))
-            sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output (head, less) has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.DONE
     except (FulcrumError, OSError, KeyboardInterrupt) as error:
         if FLAGS.is_parsed() and FLAGS.debug:
             traceback.print_exc()
@@ -115,4 +113,6 @@ def main(argv: list[str]) -> int:
 
 if __name__ == '__main__':
     sys.stdout.reconfigure(errors='replace')  # type: ignore[union-attr] - a terminal without UTF-8 must not end a run
-    sys.exit(main(sys.argv))
+    code = main(sys.argv)
+    files.settle_output()
+    sys.exit(code)

@@ -6,10 +6,12 @@ restore is *silently wrong* when it gives a state that is not, bit for bit, the 
 
 import collections
 import contextlib
+import gc
 import os
 import pathlib
 import random
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -113,8 +115,7 @@ class Victim:
         damage(copy / name, rng)
         if (copy / name).exists() and (copy / name).read_bytes() == before:
             return 'no change', 'no change'
-        with silenced():
-            return self._verified(copy), self._bare(copy, name)
+        return self._verified(copy), self._bare(copy, name)
 
     def _verified(self, copy: pathlib.Path) -> str:
         with Checkpoints(copy, keep=2, writable=False, say=lambda text: None) as checkpoints:
@@ -177,11 +178,14 @@ def corruptions(folder: pathlib.Path, count: int, seed: int) -> dict[str, Any]:
     """Hits every file in turn with damages in random order: how often which outcome, verified and by Orbax alone."""
     rng, victim = random.Random(seed), Victim(folder)  # noqa: S311 - no secret
     verified, bare, done = collections.Counter(), collections.Counter(), 0
-    while done < count:
-        for name in victim.files:
-            outcome, alone = victim.hit(name, rng.choice(DAMAGES), rng)
-            if outcome != 'no change':
-                verified[outcome] += 1
-                bare[alone] += 1
-                done += 1
+    with silenced():
+        while done < count:
+            for name in victim.files:
+                outcome, alone = victim.hit(name, rng.choice(DAMAGES), rng)
+                if outcome != 'no change':
+                    verified[outcome] += 1
+                    bare[alone] += 1
+                    done += 1
+        gc.collect()  # forgotten tasks of asyncio print as well
+        time.sleep(0.5)
     return {'n': done, 'files': len(victim.files), 'verified': dict(verified), 'orbax alone': dict(bare)}

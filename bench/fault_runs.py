@@ -16,7 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
+import threading
 import time
 from typing import Any
 
@@ -60,27 +60,35 @@ class Course:
           TimeoutError: it was not gone after `limit` seconds; its processes are killed.
         """
         start, port = time.monotonic(), free_port()
-        with tempfile.TemporaryDirectory() as folder:
-            outputs = [pathlib.Path(folder) / str(i) for i in range(self.processes)]
-            running = [self._start(i, outputs[i], port, faults if i == victim else '') for i in range(self.processes)]
-            ended = [0.0] * self.processes
-            try:
-                while any(process.poll() is None for process in running):
-                    now = time.monotonic() - start
-                    if now > limit:
-                        raise TimeoutError(f'{self.workdir}: not gone after {limit} s\n' + outputs[0].read_text()[-2000:])
-                    if kill_after is not None and now >= kill_after:
-                        running[victim].send_signal(signal.SIGKILL)
-                        kill_after = None
-                    ended = [t or (time.time() if p.poll() is not None else 0.0) for t, p in zip(ended, running, strict=True)]
-                    time.sleep(0.01)
-            finally:
-                for process in running:
-                    process.kill()
-                    process.wait()
-            told = [output.read_text(errors='replace') for output in outputs]
+        running = [self._start(i, port, faults if i == victim else '') for i in range(self.processes)]
+        # Through pipes, for a limit on the size of files must not hit what the processes say.
+        told: list[list[str]] = [[] for _ in running]
+        readers = [
+            threading.Thread(target=text.extend, args=(process.stdout,), daemon=True)
+            for text, process in zip(told, running, strict=True)
+        ]
+        for reader in readers:
+            reader.start()
+        ended = [0.0] * self.processes
+        try:
+            while any(process.poll() is None for process in running):
+                now = time.monotonic() - start
+                if now > limit:
+                    raise TimeoutError(f'{self.workdir}: not gone after {limit} s\n' + ''.join(told[0])[-2000:])
+                if kill_after is not None and now >= kill_after:
+                    running[victim].send_signal(signal.SIGKILL)
+                    kill_after = None
+                ended = [t or (time.time() if p.poll() is not None else 0.0) for t, p in zip(ended, running, strict=True)]
+                time.sleep(0.01)
+        finally:
+            for process, reader in zip(running, readers, strict=True):
+                process.kill()
+                process.wait()
+                reader.join()
         ended = [t or time.time() for t in ended]
-        life = Life([process.returncode for process in running], told, ended, time.monotonic() - start)
+        life = Life(
+            [process.returncode for process in running], [''.join(text) for text in told], ended, time.monotonic() - start
+        )
         self.lives.append(life)
         return life
 
@@ -125,7 +133,7 @@ class Course:
         """What should not lie in the run directory of a run that is over."""
         return [str(path) for path in self.workdir.rglob('*') if 'tmp' in path.name]
 
-    def _start(self, index: int, output: pathlib.Path, port: int, faults: str) -> subprocess.Popen:
+    def _start(self, index: int, port: int, faults: str) -> subprocess.Popen:
         distributed = {
             'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}', 'JAX_NUM_PROCESSES': str(self.processes),
             'JAX_PROCESS_ID': str(index),
@@ -138,8 +146,9 @@ class Course:
             **(distributed if self.processes > 1 else {}),
         }
         command = [sys.executable, str(ROOT / 'launch.py'), *SMALL, f'--workdir={self.workdir}', *self.arguments]
-        with open(output, 'w', encoding='utf-8') as file:
-            return subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, env=environment)  # noqa: S603 - our own command
+        return subprocess.Popen(  # noqa: S603 - our own command
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, text=True, errors='replace'
+        )
 
 
 def newest(folder: pathlib.Path) -> pathlib.Path:

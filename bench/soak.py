@@ -32,7 +32,7 @@ WITHIN_S = 10.0  # from a signal to the end
 
 @dataclasses.dataclass
 class Fault:
-    """One way to hit a course: its kind, what it does (returns the life, or None if it needs none of its own), and how it may end."""
+    """One way to hit a course: its kind, what it does (giving the life, or None if it needs none), and how it may end."""
 
     kind: str
     strike: Callable[[Course, random.Random, float], Life | None]
@@ -190,11 +190,11 @@ def table(soak: Soak, damaged: dict, courses: int, seed: int, minutes: float) ->
     kinds = sorted({*damaged['verified'], *damaged['orbax alone']})
     outcomes = [f'| {kind} | {damaged["verified"].get(kind, 0)} | {damaged["orbax alone"].get(kind, 0)} |' for kind in kinds]
     told = (
-        f'{courses} courses with {soak.lives} lives: {soak.exact[1]} of one process and {soak.exact[2]} of two ended bit for bit '
-        f'like the run that nothing happened to, {len(soak.lost)} were lost. '
+        f'{courses} courses with {soak.lives} lives: {soak.exact[1]} of one process and {soak.exact[2]} of two ended bit '
+        f'for bit like the run that nothing happened to, {len(soak.lost)} were lost. '
         f'Seed {seed}, {minutes:.0f} minutes, {cpu_name()}.'
     )
-    head = f'| a restore after one of {damaged["n"]} damages to the {damaged["files"]} files of a checkpoint | verified | Orbax alone |'
+    head = f'| a restore after one of {damaged["n"]} damages to {damaged["files"]} files | verified | Orbax alone |'
     total = f'| **all** | **{soak.counts.total()}** |'
     return '\n'.join(['| fault | struck |', '|---|---|', *rows, total, '', told, '', head, '|---|---|---|', *outcomes])
 

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import stat
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -54,6 +55,15 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return record if isinstance(record, dict) else None
+
+
+def settle_output() -> None:
+    """Flushes what was printed; an output that takes nothing is let go of, so that the exit code stays what it is."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # a full disk; a reader (head, less) that has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def sync_folder(path: Path) -> None:

@@ -16,16 +16,16 @@ from typing import Any
 
 HIDDEN = '[redacted]'
 
-_KEYS = (  # `api_key` and so on
+_KEYS = (  # noqa: SIM905 - words, to be read as such; `api_key` and so on
     'api access secret private signing encryption account master auth deploy subscription license ssh gpg admin client app '
     'webhook storage wandb openai anthropic huggingface hf comet neptune aws azure gcp google'
-).split()  # noqa: SIM905 - words, to be read as such
+).split()
 # Tokens of a model. Their names end like those of secrets.
-_MODEL_TOKENS = (
+_MODEL_TOKENS = (  # noqa: SIM905
     'pad bos eos unk unknown mask masked cls class sep separator start end stop begin special next last first prev previous '
     'per image text audio video max min num new current prompt sentinel blank byte word sub target source draft oov extra '
     'additional register distill time query input output label decoder encoder vocab predicted this that one each every'
-).split()  # noqa: SIM905 - words, to be read as such
+).split()
 _STRONG = (
     rf'(?:pass(?:word|wd|phrase)|[_-]pwd|secret|credentials?|authorization|connection[_-]?string|(?:set-)?cookie|'
     rf'(?:{"|".join(_KEYS)}|shared[_-]?access)[_-]?key|shared[_-]?access[_-]?signature)'
@@ -51,7 +51,7 @@ _I, _IM = re.IGNORECASE, re.IGNORECASE | re.MULTILINE
 
 NAME = re.compile(rf'(?:{_NAME}|(?:^|[._-])(?:pwd|pass|auth)){_END}$', _I)
 FLAG = re.compile(rf'-{{1,2}}[\w.-]*{_NAME}{_END}', _I)
-SETTING = re.compile(r'(-{0,2}[\w.\-\[\]]{1,200})=(?=.)', re.DOTALL)  # a whole text `name=value`
+SETTING = re.compile(r'(-{0,2}[\w.\-\[\]]{1,200})=(?=[^$])')  # a whole text `name=value`
 _ANYWHERE = [
     # a private key, also one that is cut off, in a JSON text, or in a difference
     (
@@ -102,12 +102,12 @@ WORDS = ('token', 'secret', 'pass', 'pwd', 'key', 'credential', 'authorization',
 _NAMED = [
     # flags: --a.token=x; with a blank in between the value must have a digit, or the next word of a sentence would be taken
     (
-        rf'((?<![\w-])-{{1,2}}[a-z][\w.-]{{0,99}}?(?<![a-z]){_NAME}{_END}=)(?:"[^"\n]+"|\'[^\'\n]+\'|[^\s"\']+)',
+        rf'((?<![\w-])-{{1,2}}(?:[a-z][\w.-]{{0,99}}?)?(?<![a-z]){_NAME}{_END}=)(?:"[^"\n]+"|\'[^\'\n]+\'|[^\s"\']+)',
         rf'\1{HIDDEN}',
         _I,
     ),
     (rf'((?<![\w-])--[\w.-]{{0,99}}?(?<![a-z]){_NAME}{_END}[ \t])(?=\S{{0,99}}\d)[^\s"\'`-]\S{{5,}}', rf'\1{HIDDEN}', _I),
-    (rf'((?<=[:,;?&]){_NAME}{_END}=){_NO_CODE}[^\s"\'`,;&)]+', rf'\1{HIDDEN}', _I),
+    (rf'((?<=[:,;?&.])[\w-]{{0,40}}?{_NAME}{_END}=){_NO_CODE}[^\s"\'`,;&)]+', rf'\1{HIDDEN}', _I),
     # variables of the environment: no blanks around the sign
     (
         rf'((?<![A-Za-z0-9_])(?!(?:\w{{0,40}}_)?(?:{"|".join(_MODEL_TOKENS).upper()})_TOKEN)[A-Z0-9_]{{0,60}}(?:TOKEN|SECRET|PASSWORD|PASSWD|'
@@ -121,7 +121,7 @@ _NAMED = [
     (rf'({_TOKEN}{_END}{_IS}){_QUOTED}{_RANDOM}[\w.+/=~:!@#$%^&*-]{{8,}}(?:\2|$)', rf'\1\2{HIDDEN}\2', _IM),
     (rf'({_NAME}{_END}["\'],[ \t]{{0,9}}["\']){_RANDOM}[\w.+/=~:!@#$%^&*-]{{8,}}', rf'\1{HIDDEN}', _I),
     (rf'({_STRONG}{_END}{_IS}){_NO_CODE}(?:\S+(?=[ \t]*$)|[^\s"\'`,;&)\]}}]+)', rf'\1{HIDDEN}', _IM),
-    (rf'({_TOKEN}{_END}{_IS}){_NO_CODE}{_RANDOM}[\w.+/=~-]{{8,}}', rf'\1{HIDDEN}', _I),
+    (rf'({_TOKEN}{_END}{_IS})(?![\d_.]+(?=[\s,;)\]}}]|$)){_NO_CODE}{_RANDOM}[\w.+/=~-]{{8,}}', rf'\1{HIDDEN}', _I),
 ]
 ANYWHERE = [(re.compile(pattern, flags), to) for pattern, to, flags in _ANYWHERE]
 NAMED = [(re.compile(pattern, flags), to) for pattern, to, flags in _NAMED]
@@ -164,11 +164,11 @@ def _redact_items(items: Any) -> Any:
 
 
 def _redact_text(text: str) -> str:
-    setting = SETTING.match(text)
-    if setting and _is_secret(setting[1]):
-        return f'{setting[1]}={HIDDEN}'
     while True:  # what one rule leaves may show another secret; every round that changes anything leaves less
         before = text
+        setting = SETTING.match(text)
+        if setting and _is_secret(setting[1]):
+            text = f'{setting[1]}={HIDDEN}'
         text = _apply(ANYWHERE, text)
         text = '\n'.join(_apply(NAMED, line) if _may_name(line) else line for line in text.split('\n'))
         if text == before:

@@ -3,6 +3,7 @@
 The bar covers every phase (starting, compiling, training, evaluating, saving), so the screen never stands still unexplained.
 """
 
+import contextlib
 import time
 from typing import Any
 
@@ -51,8 +52,9 @@ class Reporter:
         return min(self.console.width, TABLE_WIDTH) if self.is_live else TABLE_WIDTH
 
     def say(self, text: str) -> None:
-        """Prints a line that stays, above the bar."""
-        self._progress.console.print(text, markup=False)
+        """Prints a line that stays, above the bar. An output that takes nothing (a full disk, a closed pipe) stops no run."""
+        with contextlib.suppress(OSError):
+            self._progress.console.print(text, markup=False)
 
     def phase(self, name: str) -> None:
         """Says what is going on: 'compiling', 'training', 'evaluating', 'saving'."""

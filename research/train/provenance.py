@@ -45,7 +45,7 @@ def _version(package: str) -> str | None:
 
 
 def _difference() -> str:
-    """What the code has that its commit has not. Of a long one whole lines are kept: half a secret has no form to be known by."""
+    """What the code has that its commit has not. Of a long one whole lines are kept: half a secret has no known form."""
     text = _git('diff', '--no-color', '--no-ext-diff', 'HEAD') or ''
     if len(text) > MAX_DIFF:
         text = text[:MAX_DIFF].rpartition('\n')[0]
