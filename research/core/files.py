@@ -16,11 +16,15 @@ def write_atomically(path: Path, text: str) -> None:
     """Writes `text` so that a reader, or a crash, sees the old file or the new one, never a part."""
     path = pathlib.Path(path)
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    with open(temporary, 'w', encoding='utf-8') as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, 'w', encoding='utf-8') as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # a full disk stays no fuller than it was
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -51,12 +51,12 @@ _I, _IM = re.IGNORECASE, re.IGNORECASE | re.MULTILINE
 
 NAME = re.compile(rf'(?:{_NAME}|(?:^|[._-])(?:pwd|pass|auth)){_END}$', _I)
 FLAG = re.compile(rf'-{{1,2}}[\w.-]*{_NAME}{_END}', _I)
-SETTING = re.compile(r'(-{0,2}[\w.\-\[\]]{1,200})=(?=[^$])')  # a whole text `name=value`
+SETTING = re.compile(r'(-{0,2}[\w.\-\[\]]{1,200})=(?=[^$])[^\n]*\Z')  # one argument `name=value`, blanks and all
 _ANYWHERE = [
     # a private key, also one that is cut off, in a JSON text, or in a difference
     (
-        r'-----BEGIN [A-Z ]{0,30}PRIVATE KEY(?: BLOCK)?-----(?:[A-Za-z0-9+/=\s,:-]|\\[nr])*?'
-        r'(?:-----END [A-Z ]{0,30}PRIVATE KEY(?: BLOCK)?-----|(?![A-Za-z0-9+/=\s,:-]|\\[nr]))',
+        r'-----BEGIN [A-Z ]{0,30}PRIVATE KEY(?: BLOCK)?-----(?:[A-Za-z0-9+/=\s,:-]|\\{1,8}[nr])*?'
+        r'(?:-----END [A-Z ]{0,30}PRIVATE KEY(?: BLOCK)?-----|(?![A-Za-z0-9+/=\s,:-]|\\{1,8}[nr]))',
         HIDDEN,
         0,
     ),
@@ -110,8 +110,8 @@ _NAMED = [
     (rf'((?<=[:,;?&.])[\w-]{{0,40}}?{_NAME}{_END}=){_NO_CODE}[^\s"\'`,;&)]+', rf'\1{HIDDEN}', _I),
     # variables of the environment: no blanks around the sign
     (
-        rf'((?<![A-Za-z0-9_])(?!(?:\w{{0,40}}_)?(?:{"|".join(_MODEL_TOKENS).upper()})_TOKEN)[A-Z0-9_]{{0,60}}(?:TOKEN|SECRET|PASSWORD|PASSWD|'
-        r'PASSPHRASE|_PASS|_PWD|CREDENTIALS?)(?:_?\d)?=)(?![$%{(<=\s]|[a-z_]+\.)(?:"[^"\n]+"|\'[^\'\n]+\'|[^\s"\']+)',
+        rf'((?<![A-Za-z0-9_])(?!(?:\w{{0,40}}_)?(?:{"|".join(_MODEL_TOKENS).upper()})_TOKEN)[A-Z0-9_]{{0,60}}'
+        r'(?:TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|_PASS|_PWD|CREDENTIALS?)(?:_?\d)?=)(?![$%{(<=\s]|[a-z_]+\.)(?:"[^"\n]+"|\'[^\'\n]+\'|[^\s"\']+)',
         rf'\1{HIDDEN}',
         0,
     ),

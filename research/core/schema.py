@@ -62,6 +62,15 @@ class Data:
         'host', 'where the examples wait: host memory, or whole on every device', choices=('host', 'device'), resumable=True
     )
     prefetch: int = value(2, 'batches prepared ahead by a background thread; 0: none', unit='batches', low=0, resumable=True)
+    on_bad_record: str = value(
+        'stop',
+        "a record that cannot be read: 'stop' names it, 'skip' leaves it out under mask 0 and counts it",
+        choices=('stop', 'skip'),
+        resumable=True,
+    )
+    max_bad_share: float = value(
+        0.01, 'share of the records of a split that may be skipped; one more ends the run', low=0.0, high=1.0, resumable=True
+    )
 
 
 @dataclasses.dataclass(frozen=True)

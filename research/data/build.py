@@ -1,6 +1,7 @@
 """From the data section of an experiment to splits and their description.
 
-source -> splits by hash -> data budget -> tokenizer (from the training texts) -> transforms (learn from training alone)
+source -> bad records skipped (if wanted) -> splits by hash -> data budget -> tokenizer (from the training texts)
+-> transforms (learn from training alone)
 """
 
 import dataclasses
@@ -12,16 +13,29 @@ from research.core import registry, schema
 from research.core.errors import UsageError
 from research.data import augment, source, splits
 from research.data.augment import Augmentation
-from research.data.mixture import Mixture
+from research.data.bad_records import BadRecords, Skipping
+from research.data.mixture import Mixture, map_source
 from research.data.source import DataSet, DataSpec, Source
 
 BLOCK = 1024  # examples that are read at once
 SAMPLE = 4096  # rows that are looked at for the mean number of tokens
 
 
-def build_splits(data: schema.Data) -> tuple[dict[str, Source], DataSpec]:
-    """The splits of an experiment ('train' cut to the data budget) and what a task must know of them."""
+def build_splits(data: schema.Data, bad_records: BadRecords | None = None) -> tuple[dict[str, Source], DataSpec]:
+    """The splits of an experiment ('train' cut to the data budget) and what a task must know of them.
+
+    Args:
+      data: the data section.
+      bad_records: told of the records that on_bad_record='skip' leaves out; None: they are counted for these splits alone.
+
+    Raises:
+      BadRecordError: a record that had to be read already cannot be, or more than config.data.max_bad_share of a split.
+    """
     raw = data.source.build()
+    if data.on_bad_record == 'skip':
+        raw = skipping(raw, BadRecords(share=data.max_bad_share) if bad_records is None else bad_records)
+    else:
+        check_loaded(raw)
     parts = splits.split(raw, data.validation, data.test)
     budget = None if data.budget is None else schema.parse_budget(data.budget)
     parts['train'] = splits.subset(parts['train'], budget, data.subset_seed)
@@ -31,6 +45,22 @@ def build_splits(data: schema.Data) -> tuple[dict[str, Source], DataSpec]:
     for transform in data.transforms:
         dataset = transform.build()(dataset)
     return dataset.splits, describe(dataset)
+
+
+def skipping(raw: DataSet, bad_records: BadRecords) -> DataSet:
+    """The data set with bad records skipped, in a mixture those of each part."""
+
+    def wrapped(split: str, source: Source) -> Source:
+        return map_source(lambda part: Skipping(part, split, bad_records, len(source)), source)
+
+    return dataclasses.replace(raw, splits={split: wrapped(split, source) for split, source in raw.splits.items()})
+
+
+def check_loaded(raw: DataSet) -> None:
+    """Raises the first error of a source that has read all its records at the start; others raise it when they come to it."""
+    for split in raw.splits.values():
+        for error in getattr(split, 'errors', {}).values():
+            raise error
 
 
 def describe(dataset: DataSet) -> DataSpec:
@@ -48,7 +78,7 @@ def describe(dataset: DataSet) -> DataSpec:
             "set config.data.tokenizer and config.data.transforms, e.g. 'byte' and 'pad(length=128)'",
         )
     labels = train.labels() if dataset.class_names else None
-    counts = None if labels is None else np.bincount(labels, minlength=len(dataset.class_names or ()))
+    counts = None if labels is None else np.bincount(labels[labels >= 0], minlength=len(dataset.class_names or ()))
     class_counts = None if counts is None else tuple(int(c) for c in counts)
     return DataSpec(
         examples,

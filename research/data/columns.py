@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from research.core.errors import UsageError, nearest
+from research.data.bad_records import BAD
 from research.data.mixture import map_source
 from research.data.source import Block, DataSet, Source
 
@@ -113,9 +114,10 @@ def encode_categories(*, columns: tuple[str, ...] | None = None, min_count: int 
 
 
 def _column(source: Source, key: str) -> np.ndarray:
-    """The whole column or columns `key` of a source, (n, ...)."""
+    """The column or columns `key` of all rows of a source that can be read, (n, ...)."""
     starts = range(0, len(source), BLOCK)
-    return np.concatenate([source[np.arange(start, min(start + BLOCK, len(source)))][key] for start in starts])
+    blocks = [source[np.arange(start, min(start + BLOCK, len(source)))] for start in starts]
+    return np.concatenate([block[key][~block[BAD]] if BAD in block else block[key] for block in blocks])
 
 
 def _numbers(source: Source, key: str) -> np.ndarray:

@@ -1,11 +1,14 @@
 """Downloads that are checked before anything reads them, and archives that cannot write outside their folder.
 
 A file is fetched into a temporary neighbour, its size and SHA-256 are compared, and only then it takes its name; an archive
-is unpacked into a temporary folder that is renamed when it is complete. So a path that exists is whole and right. Without
-network the answer comes in seconds: a connection that cannot be made is not tried again.
+is unpacked into a temporary folder that is renamed when it is complete and on the disk. So a path that exists is whole and
+right. Without network the answer comes in seconds: a connection that cannot be made is not tried again.
 
     path = fetch('https://host/a.tar.gz', 'downloads/a.tar.gz', sha256='c4a3...', size=170052171)
     folder = extract(path, 'downloads/a')           # checked: no links, no paths that leave the folder, enough disk space
+
+`extract` is the only place that unpacks archives, since an archive is written by strangers. Of a tar and a zip it takes plain
+files and folders, each name once, without owners and without set-user-id bits; sizes are counted while they are unpacked.
 """
 
 import bz2
@@ -13,9 +16,12 @@ import contextlib
 import gzip
 import hashlib
 import http.client
+import io
 import logging
+import lzma
 import os
 import pathlib
+import secrets
 import shutil
 import stat
 import tarfile
@@ -26,6 +32,7 @@ import urllib.request
 import zipfile
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 from research.core.errors import UsageError
 
@@ -36,8 +43,16 @@ ATTEMPTS = 3  # for transfers that break off and for servers that are busy
 BLOCK_BYTES = 1 << 20
 MAX_MEMBERS = 10_000_000
 MAX_BYTES = 1 << 41  # 2 TiB unpacked
+MAX_HEADER_BYTES = 1 << 20  # of one read: tarfile reads files by 16 KiB, but a long name or a pax header in one piece
 TAR_SUFFIXES = ('.tar', '.tar.gz', '.tgz', '.tar.bz2', '.tbz2', '.tbz', '.tb2', '.tar.xz')
 OFFLINE_FIX = 'check the network; where there is none, bring the prepared data from a machine that has one'
+
+# What damaged and hostile archives raise: zipfile gives RuntimeError for passwords and unknown methods, tarfile OverflowError
+# for impossible times, bz2 an OSError without a number.
+DAMAGED = (
+    *(tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError),
+    *(EOFError, ValueError, RuntimeError, OverflowError, OSError),
+)
 
 log = logging.getLogger(__name__)
 
@@ -93,9 +108,16 @@ def extract(archive: Path, to: Path, kind: str | None = None, max_bytes: int = M
     with temporary_neighbour(to) as temporary:
         try:
             unpack(archive, temporary, room)
-        except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, gzip.BadGzipFile, ValueError) as error:
+        except DAMAGED as error:
+            if isinstance(error, OSError) and error.errno is not None:  # the disk's fault, not the archive's
+                raise
             raise UsageError(f'{archive} cannot be unpacked: {error}', f'delete {archive} and download it again') from error
-        os.replace(temporary, to)
+        os.sync()  # a name that outlives a power cut must not stand for files that do not; one call for a million files
+        try:
+            os.replace(temporary, to)
+        except OSError:
+            if not to.is_dir():  # else another process has unpacked the same meanwhile
+                raise
     return to
 
 
@@ -121,8 +143,11 @@ def digest_of(path: Path) -> str:
 
 @contextlib.contextmanager
 def temporary_neighbour(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A path beside `path` to write to; what is still there at the end (a failure, Ctrl-C) is removed."""
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    """A path beside `path` to write to; what is still there at the end (a failure, Ctrl-C) is removed.
+
+    The name is new each time: in containers two processes, or one and its killed predecessor, often have the same number.
+    """
+    temporary = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.part')
     try:
         yield temporary
     finally:
@@ -166,29 +191,86 @@ def _transfer(url: str, to: pathlib.Path, size: int | None) -> str:
 
 def _untar(archive: pathlib.Path, to: pathlib.Path, room: int) -> None:
     """Unpacks files and folders only: a link is refused, since older Pythons' data filter can be led out through one."""
-    with tarfile.open(archive) as tar:
-        members = []
-        for member in tar:  # one pass, so a bomb is met before the whole list is in memory
-            if not (member.isfile() or member.isdir()):
-                raise ValueError(f'{member.name!r} is a link or a device')
-            _check_path(member.name)
-            members.append(member)
-            room -= member.size
-            _check_room(room, len(members))
+    with _decompressed(archive) as file, tarfile.open(fileobj=_Careful(file), mode='r:') as tar:
         to.mkdir()
-        tar.extractall(to, members, filter='data')
+        members = Members(room)
+        for member in tar:  # one pass, so a bomb is met before it is unpacked, and before the whole list is in memory
+            kind = stat.S_IFDIR if member.isdir() else stat.S_IFREG if member.isfile() else stat.S_IFLNK
+            members.check(member.name, kind, member.size)
+            tar.extract(member, to, filter='data')  # the filter clears owners, set-user-id and others' right to write
+            tar.members.clear()
+
+
+def _decompressed(archive: pathlib.Path) -> Any:
+    """The bytes of a tar that may be packed with gzip, bzip2 or xz."""
+    with archive.open('rb') as packed:
+        magic = packed.read(6)
+    if magic.startswith(b'\x1f\x8b'):
+        return gzip.open(archive, 'rb')
+    if magic.startswith(b'BZh'):
+        return bz2.open(archive, 'rb')
+    return lzma.open(archive, 'rb') if magic == b'\xfd7zXZ\0' else archive.open('rb')
+
+
+class _Careful(io.RawIOBase):
+    """A tar's bytes, in pieces that fit the memory: the header of a bomb may announce a name of gigabytes."""
+
+    def __init__(self, file: Any):
+        self._file = file
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= MAX_HEADER_BYTES:
+            raise ValueError(f'a header of {size} bytes')
+        return self._file.read(size)
+
+    def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(position, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
 
 
 def _unzip(archive: pathlib.Path, to: pathlib.Path, room: int) -> None:
+    """Unpacks files and folders only. A size that lies is noticed by zipfile, which reads no more than it."""
     with zipfile.ZipFile(archive) as file:
-        members = file.infolist()
-        for member in members:
-            _check_path(member.filename)
-            if stat.S_ISLNK(member.external_attr >> 16):
-                raise ValueError(f'{member.filename!r} is a link or a device')
-        _check_room(room - sum(member.file_size for member in members), len(members))
+        members = Members(room)
+        for member in file.infolist():
+            kind = stat.S_IFMT(member.external_attr >> 16) or (stat.S_IFDIR if member.is_dir() else stat.S_IFREG)
+            members.check(member.filename, kind, member.file_size)
         to.mkdir()
-        file.extractall(to, members)  # noqa: S202  every member was checked above
+        file.extractall(to)  # noqa: S202  every member was checked above
+
+
+class Members:
+    """Checks the members of an archive one by one; `room` is how many bytes they may have together."""
+
+    def __init__(self, room: int):
+        self._room, self._number = room, 0
+        self._files: set[str] = set()
+        self._folders: set[str] = set()
+
+    def check(self, name: str, kind: int, size: int) -> None:
+        """Raises ValueError for a member that may not be unpacked; `kind` is its type as in `st_mode`."""
+        parts = name.replace('\\', '/').split('/')
+        if name.startswith(('/', '\\')) or '..' in parts:
+            raise ValueError(f'{name!r} leaves the folder it is unpacked to')
+        if kind not in (stat.S_IFREG, stat.S_IFDIR):
+            raise ValueError(f'{name!r} is a link or a device')
+        if size < 0:
+            raise ValueError(f'{name!r} has {size} bytes')
+        self._room, self._number = self._room - size, self._number + 1
+        _check_room(self._room, self._number)
+        self._check_is_new([part for part in parts if part not in ('', '.')], name, kind)
+
+    def _check_is_new(self, parts: list[str], name: str, kind: int) -> None:
+        """Folders may come again, files may not: the second would overwrite what was checked before."""
+        path, above = '/'.join(parts), ['/'.join(parts[:i]) for i in range(1, len(parts))]
+        is_file = kind == stat.S_IFREG
+        if path in self._files or (is_file and (path in self._folders or not path)) or not self._files.isdisjoint(above):
+            raise ValueError(f'{name!r} is there twice')
+        self._folders.update(above if is_file else [*above, path])
+        if is_file:
+            self._files.add(path)
 
 
 def _decompress(archive: pathlib.Path, to: pathlib.Path, room: int) -> None:
@@ -199,12 +281,6 @@ def _decompress(archive: pathlib.Path, to: pathlib.Path, room: int) -> None:
         while block := opened.read(BLOCK_BYTES):
             room -= target.write(block)
             _check_room(room, 1)
-
-
-def _check_path(name: str) -> None:
-    """Refuses absolute paths and '..'."""
-    if name.startswith(('/', '\\')) or '..' in name.replace('\\', '/').split('/'):
-        raise ValueError(f'{name!r} leaves the folder it is unpacked to')
 
 
 def _check_room(room: int, members: int) -> None:

@@ -25,7 +25,7 @@ import numpy as np
 
 from research.core import registry
 from research.core.errors import UsageError
-from research.data import source as sources_
+from research.data.bad_records import spec_of
 from research.data.plan import has_own_plan
 from research.data.source import Block, DataSet, Source, Subset
 from research.data.streams import block_counts, interleave, seed_of, stream
@@ -289,7 +289,7 @@ def _end(owners: np.ndarray, count: int, remaining: int, part: int) -> int:
 
 def _common_spec(parts: Sequence[Source]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Shape and dtype of every key that all parts have."""
-    specs = [sources_.example_spec(part) for part in parts]
+    specs = [spec_of(part) for part in parts]
     common = {key: spec for key, spec in specs[0].items() if all(key in other for other in specs)} if specs else {}
     for key, spec in common.items():
         differing = [other[key] for other in specs if other[key] != spec]

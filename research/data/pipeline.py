@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from research.core.errors import UsageError
+from research.data.bad_records import BAD
 from research.data.buckets import Buckets
 from research.data.plan import Plan
 from research.data.source import Source
@@ -44,7 +45,7 @@ class HostFeed:
 
     def __call__(self, step: int) -> Batch:
         indices, rest = _local(self.plan, step)
-        block = {**self.source[indices], **rest}
+        block = without_bad({**self.source[indices], **rest})
         return {k: jax.make_array_from_process_local_data(self.sharding, v) for k, v in block.items()}
 
 
@@ -74,7 +75,17 @@ class DeviceFeed:
 
 
 def _gather(arrays: Batch, rest: Batch) -> Batch:
-    return {**{k: v[rest['id']] for k, v in arrays.items()}, **rest}
+    return without_bad({**{k: v[rest['id']] for k, v in arrays.items()}, **rest})
+
+
+def without_bad(batch: Batch) -> Batch:
+    """The batch with mask 0, (B,) or (B, T), in the rows that are 'bad' (B,) bool; of those only what counted stays bad."""
+    if BAD not in batch:
+        return batch
+    mask = batch['mask']
+    bad = batch[BAD] & (mask.reshape(len(mask), -1) > 0).any(axis=1)  # a row of padding counts as nothing
+    kept = ~batch[BAD].reshape(-1, *(1,) * (mask.ndim - 1))  # (B,) or (B, 1)
+    return {**batch, 'mask': mask * kept, BAD: bad}
 
 
 class Prefetcher:

@@ -165,7 +165,7 @@ def make_extras(train: Train) -> dict[str, Callable[[Any], Any]]:
 
 
 def make_step(experiment: Experiment, task: Task, optimizer: optax.GradientTransformation) -> Step:
-    """The whole step, inside out: gradients, microbatches, devices; update, augmentation, average, guard."""
+    """The whole step, inside out: gradients, microbatches, devices; update, augmentation, average, count, guard."""
     train, seed = experiment.train, experiment.seed
     if train.accumulate > 1 and getattr(task, 'whole_batch', False):
         raise UsageError(
@@ -179,6 +179,8 @@ def make_step(experiment: Experiment, task: Task, optimizer: optax.GradientTrans
     augment, preprocess = build_augmentation(experiment.data.augment), build_augmentation(experiment.data.preprocess)
     result = step.augmented(result, augment, preprocess, seed)
     result = step.averaged(result, train.ema) if train.ema else result
+    if experiment.data.on_bad_record == 'skip':
+        result = step.counted(result, compilation.axis_name(experiment.parallel.compile))
     return step.guarded(result) if train.skip_nonfinite else result
 
 

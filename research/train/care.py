@@ -1,15 +1,17 @@
 """The care of one run: its lock, its watchdog, its exit event, and where it may be interrupted."""
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 
-from research.core import lock
+from research.core import files, lock
 from research.core.clock import Clock
 from research.core.errors import Interrupted, exit_code
 from research.core.guardian import Guardian
 from research.core.schema import Experiment
 from research.parallel import hosts
 from research.parallel.hosts import Votes
+from research.train.ledger import Ledger, ledger
 from research.train.run_directory import RunDirectory
 
 
@@ -32,7 +34,15 @@ def watched(
             votes.request('stop')
         if hosts.is_main():
             watch.every(lock.BEAT_S, directory.lock.beat)
+            for path in directory.path.glob('.*.tmp'):  # a death half-way
+                path.unlink(missing_ok=True)
         yield votes
+
+
+def so_far(directory: RunDirectory, clock: Clock) -> Ledger:
+    """Where the time of the run went until now."""
+    events = files.read_json_lines(directory.events) if directory.events.exists() else []
+    return ledger([*events, {'event': 'exit', 'time': time.time(), 'status': 'completed', 'code': 0, 'seconds': clock.own()}])
 
 
 @contextlib.contextmanager

@@ -132,7 +132,8 @@ class Life:
             return False
         self.end = event['time']
         self._note(self.end, event.get('seconds'))
-        self.code = event['code'] if event['event'] == 'exit' else None
+        if event['event'] == 'exit':  # the first runs recorded no code, and only where they were completed
+            self.code = event.get('code', 0)
         return True
 
     def close(self, start: Event) -> None:
@@ -230,7 +231,7 @@ def report(workdir: pathlib.Path, overrides: list[str], trust: bool) -> None:
     print('\n'.join(ledger(events).lines()))
     newest = {record['split']: record for record in directory.read_metrics()}
     for split, record in newest.items():
-        values = '  '.join(f'{name} {v:.4g}' for name, v in record.items() if isinstance(v, float) and name != 'time')
+        values = '  '.join(_value(name, v) for name, v in record.items() if name not in ('step', 'split', 'time'))
         print(f'{split:<10}  step {record["step"]}  {values}')
     for number, life in enumerate(lives, 1):
         print(f'life {number}: {_time(life.end - life.began)} from step {life.step}: {_ending(life, life is lives[-1])}')
@@ -265,6 +266,11 @@ def _ending(life: Life, is_last: bool) -> str:
         text = f'exit code {life.code} ({CODES.get(life.code, "unknown")})'
     codes = ', '.join(str(event['code']) for event in life.attempts)
     return f'{text}; then {len(life.attempts)} that ended before the first step (exit code {codes})' if codes else text
+
+
+def _value(name: str, value: Any) -> str:
+    """A metric and its value; null, which stands for NaN and infinity in JSON, is told of and not left out."""
+    return f'{name} {value:.4g}' if isinstance(value, (int, float)) else f'{name} {"not finite" if value is None else value}'
 
 
 def _time(seconds: float) -> str:

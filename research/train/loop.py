@@ -233,9 +233,11 @@ def _finish(run: Run, state: TrainState, parts: build.Parts, best: Checkpoints |
         'rollbacks': len(run.windows),
         'audit': {'steps': audit.steps, 'differences': audit.differences} if audit.every else None,
         'budget': run.spent(step),
+        'goodput': (spent := care.so_far(run.directory, run.clock)).goodput,
     }
     if hosts.is_main():
         files.write_json(run.directory.summary, summary)
+    run.reporter.say(spent.one_line())
     run.reporter.phase('done')
     return summary
 

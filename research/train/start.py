@@ -89,7 +89,9 @@ def go_on(run: Run, step: int, origin: str, best: Checkpoints | None, since: flo
     run.write_record()
     alive = None if run.directory.lock.earlier is None else run.directory.lock.earlier.get('time')
     began = time.time() - (time.monotonic() - since)
-    run.directory.event('start', origin=origin, step=step, began=began, previous_alive=alive, argv=redact(sys.argv))
+    run.directory.event(
+        'start', origin=origin, step=step, began=began, previous_alive=alive, seconds=run.clock.own(), argv=redact(sys.argv)
+    )
     run.reporter.say(origin)
 
 

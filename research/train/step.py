@@ -3,9 +3,9 @@
     gradients(variables, batch, rngs) -> (gradient of the loss *sum*, Terms, model_state)
     step(state, batch)                -> (state, Terms)
 
-Features wrap one of the two: `accumulate` and `all_reduce` the gradients; `augmented`, `averaged` (EMA) and `guarded`
-(non-finite numbers) the step. Sums are divided by their weights once, in `make_step`, so that microbatches, padding and
-devices cannot change the result. Shape letters: B batch, n microbatches.
+Features wrap one of the two: `accumulate` and `all_reduce` the gradients; `augmented`, `averaged` (EMA), `counted` (bad
+records) and `guarded` (non-finite numbers) the step. Sums are divided by their weights once, in `make_step`, so that
+microbatches, padding and devices cannot change the result. Shape letters: B batch, n microbatches.
 """
 
 import dataclasses
@@ -133,6 +133,23 @@ def averaged(step: Step, decay: float) -> Step:
         return dataclasses.replace(new, extra={**new.extra, 'ema': ema}), found
 
     return averaged_step
+
+
+def counted(step: Step, axis_name: str | None) -> Step:
+    """Adds the term 'bad_records', whose mean is how many rows of a batch could not be read; `axis_name`: under pmap.
+
+    Batches without 'bad' pass unchanged: their rows were made from text that was read before.
+    """
+
+    def counted_step(state: TrainState, batch: Batch) -> tuple[TrainState, Terms]:
+        new, found = step(state, batch)
+        if 'bad' not in batch:
+            return new, found
+        bad = jnp.sum(batch['bad'], dtype=jnp.float32)
+        bad = bad if axis_name is None else jax.lax.psum(bad, axis_name)
+        return new, {**found, 'bad_records': (bad, jnp.ones(()))}
+
+    return counted_step
 
 
 def guarded(step: Step) -> Step:

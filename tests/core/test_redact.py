@@ -82,7 +82,7 @@ SECRETS = [
     (f'"Authorization": "token {X}"', X),
     (f'authorization: AWS4-HMAC-SHA256 Credential=a, Signature={HEX}', HEX),
     (f'use bearer {X} here', X),
-    ('Cookie: session=abcdefg', 'abcdefg'),
+    ('Cookie: a=1; session=abcdefg; b=2', 'abcdefg'),
     # code and its differences
     (f'+token = "{X}"', X),
     (f'-    HF_TOKEN = "{X}"', X),
@@ -103,9 +103,9 @@ SECRETS = [
     *((f'+x("{form}")', form) for form in (
         'gh' + 'p_' + X, 'github' + '_pat_' + X, 'h' + 'f_' + X, 's' + 'k-proj-' + X, 's' + 'k-ant-api03-' + X,
         'AKI' + 'A' + 'ABCDEFGHIJ012345',
-        'AIz' + 'a' + X, 'ya' + '29.' + X, 'GOC' + 'SPX-' + X, 'xo' + 'xb-1234-' + X, 'gl' + 'pat-' + X, 's' + 'k_live_' + X, 
+        'AIz' + 'a' + X, 'ya' + '29.' + X, 'GOC' + 'SPX-' + X, 'xo' + 'xb-1234-' + X, 'gl' + 'pat-' + X, 's' + 'k_live_' + X,
         'np' + 'm_' + X,
-        'py' + 'pi-' + X, 'dc' + 'kr_pat_' + X, 'da' + 'pi' + HEX[:32], 'hv' + 's.' + X, 
+        'py' + 'pi-' + X, 'dc' + 'kr_pat_' + X, 'da' + 'pi' + HEX[:32], 'hv' + 's.' + X,
         'S' + 'G.' + X + '.' + X, 'r' + '8_' + X,
         'ey' + 'J' + X + '.ey' + 'J' + X + '.' + X, 'abc8' + 'Q~' + X + '1234', 'a1+/' * 21 + 'ab==',
     )),
@@ -116,6 +116,7 @@ SECRETS = [
     (PEM, 'c2hvcnQ'),
     (json.dumps({'private_key': PEM + END, 'n': 1}), 'MIIE'),
     (json.dumps(PEM), 'c2hvcnQ'),
+    (json.dumps(json.dumps(PEM)), 'c2hvcnQ'),
     ('+' + (PEM + END).replace('\n', '\n+') + '\n+after', 'MIIE'),
     (' ' + PEM.split('\n')[1] + '\n+other', 'MIIE'),
 ]  # fmt: skip
@@ -123,7 +124,7 @@ SECRETS = [
 # What a difference or a config of this field is full of.
 HARMLESS = [
     'token = tokens[i]', 'key = rng.key(0)', 'key, sub = jax.random.split(key)', '--config.model.tokenizer=bpe',
-    'max_tokens=512',    '--config.data.max_tokens=100000000', 'num_tokens=128', 'tokens_per_second=1234567.8', 
+    'max_tokens=512',    '--config.data.max_tokens=100000000', 'num_tokens=128', 'tokens_per_second=1234567.8',
     "tokenizer = 'bert-base-uncased-2018'",    "pad_token='<pad>'", 'pad_token=00000000', "unk_token = 'unknown12345678'",
     'self.eos_token: str = "endoftext12"', 'PAD_TOKEN=0',
     'token: int = 12345678', 'tokens: 8_000_000_000', 'dropout_key = rng.key(seed, "dropout", step)', 'key=12345678',
@@ -169,7 +170,8 @@ def test_only_the_value_goes():
     assert redact('https://me:pass@host/x --token=abc') == f'https://{HIDDEN}@host/x --token={HIDDEN}'
     assert redact('a(password="x", n=3)') == f'a(password="{HIDDEN}", n=3)'
     assert redact("+    os.environ['HF_TOKEN'] = 'abcdefgh12'  # mine") == f"+    os.environ['HF_TOKEN'] = '{HIDDEN}'  # mine"
-    assert redact('HF_TOKEN=abc python launch.py') == f'HF_TOKEN={HIDDEN} python launch.py'
+    assert redact('$ HF_TOKEN=abc python launch.py') == f'$ HF_TOKEN={HIDDEN} python launch.py'
+    assert redact('--password=one argument with blanks') == f'--password={HIDDEN}'
 
 
 def test_the_original_of_the_argument_stays():
@@ -244,7 +246,8 @@ def test_it_never_raises_and_a_second_time_changes_nothing():
         'token', 'password', 'secret', 'api_key', '_KEY=', 'HF_TOKEN=', '--a.', 'Authorization:', 'Bearer', 'basic', 'cookie:',
         '-u', 'login', '://', '?', '&', 'sig=', '@', ':', '=', '==', ':=', '=>', '\ud800', 'é', '[', ']', '{', '(', ')', ',', ';',
         *[' ', '\n', '\t', '\r', '\0', '"', "'", '`', '\\', '\\"', '\\n', '+', '-', '--'],
-        *['redacted', HIDDEN, HIDDEN[:5], X, HEX, 'abc', 'abcdefgh1', '123', 'none', 'a.b', 'a(', 'https', PEM[:31], END],
+        'redacted', HIDDEN,
+        *[HIDDEN[:5], X, HEX, 'abc', 'abcdefgh1', '123', 'none', 'a.b', 'a(', 'https', PEM[:31], END],
         PEM[32:130],
     ]  # fmt: skip
     changed = 0

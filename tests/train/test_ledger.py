@@ -186,8 +186,14 @@ def test_rollback_inside_a_life():
 
 
 def test_a_rollback_whose_line_is_torn_makes_no_negative_loss():
-    events = [start(0), save(50, 10, AT_50), leave(85, 1, {**ROLLED, 'lost': 34.5}), start(85, 10), leave(100, 0, BEGUN)]
-    assert books(*events)[0] == {**ROLLED, 'lost': 34.5, 'start': 20, 'compile': 10}
+    events = [
+        start(0),
+        save(50, 10, AT_50),
+        leave(84, 1, {**ROLLED, 'train': 29.0, 'lost': 34.5}),
+        start(84, 10),
+        leave(99, 0, BEGUN),
+    ]
+    assert books(*events) == ({**ROLLED, 'train': 29, 'lost': 34.5, 'start': 20, 'compile': 10}, 99, 0)
 
 
 def test_rollback_into_an_earlier_life():
@@ -260,6 +266,28 @@ def test_the_old_format_is_unaccounted():
     assert books(*events) == ({}, 40, 40)
     assert books(*events, start(50, 10), leave(70, 0, {**BEGUN, 'train': 5.0})) == ({**BEGUN, 'train': 5, 'down': 10}, 70, 40)
     assert books(old, leave(40, 0, {'start': 30.0, 'train': 35.0})) == ({}, 40, 40)
+
+
+def test_an_exit_of_old_without_a_code_was_a_completed_run():
+    old = {'event': 'start', 'time': T0, 'origin': 'started from scratch', 'step': 0}
+    events = [old, event('exit', 40, status='completed', step=12)]
+    assert books(*events) == ({}, 40, 40)
+    assert lives_of(events)[0].code == 0
+
+
+def test_an_old_life_that_was_killed_stays_unaccounted():
+    """Nothing is known of it: its time after the last event is no more 'lost' than that before."""
+    old = {'event': 'start', 'time': T0, 'origin': 'started from scratch', 'step': 0}
+    events = [old, event('save', 20, step=10, folder='checkpoints'), start(50, 10, alive=30), leave(65, 0, BEGUN)]
+    assert books(*events) == ({**BEGUN, 'down': 20}, 65, 30)
+
+
+def test_a_metric_that_is_not_finite_is_told_of(tmp_path, capsys):
+    files.write_json(tmp_path / 'run.json', {'config': {'name': 'a', 'train': {'duration': '1 epochs'}}})
+    record = {'step': 3, 'split': 'train', 'time': T0, 'loss': float('nan'), 'accuracy': 0.5, 'skipped': 2}
+    (tmp_path / 'metrics.jsonl').write_text(files.json_line(record))
+    report(tmp_path, [], False)
+    assert 'train       step 3  loss not finite  accuracy 0.5  skipped 2\n' in capsys.readouterr().out
 
 
 def test_the_table_and_the_line():

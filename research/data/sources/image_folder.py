@@ -9,21 +9,27 @@ block, C channels.
     image_folder(dir='pets', image_size=32).splits['train'][np.array([0, 7])]  # {'image': uint8 (2, 32, 32, 3), 'label': (2,)}
 """
 
+import contextlib
 import functools
 import io
 import os
 import pathlib
-from collections.abc import Sequence
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
 from concurrent import futures
 from typing import Any
 
 import numpy as np
 
 from research.core.errors import UsageError
+from research.data.bad_records import BadRecordError
 from research.data.source import Block, DataSet, Source, key_of
 
 SPLITS = {'train': 'train', 'test': 'test', 'validation': 'validation', 'val': 'validation'}  # folder: split
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp')
+# What Pillow raises on damaged files. OSError is its word for 'truncated', then without a number of the system's.
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, struct.error, zlib.error)
 MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}  # Pillow's names by number of channels
 
 
@@ -43,8 +49,8 @@ def image_folder(*, dir: str, image_size: int, channels: int = 3, workers: int =
       workers: threads that decode one block.
 
     Raises:
-      UsageError: no such folder, no images, a class without images, splits with different classes; when an example is read:
-        a file that is not an image Pillow can decode.
+      UsageError: no such folder, no images, a class without images, splits with different classes.
+      BadRecordError: (when an example is read) a file that is not an image Pillow can decode.
     """
     if channels not in MODES or image_size < 1 or workers < 1:
         raise UsageError(
@@ -88,7 +94,7 @@ class ImageFolder:
 
     def __getitem__(self, indices: np.ndarray) -> Block:
         with futures.ThreadPoolExecutor(self._workers) as pool:  # one per block: 0.3 ms, and no threads that outlive it
-            images = list(pool.map(self._read, [self.paths[i] for i in indices]))
+            images = list(pool.map(self._read, indices))
         shape = (len(images), self._image_size, self._image_size, self._channels)
         return {'image': np.stack(images) if images else np.zeros(shape, np.uint8), 'label': self._labels[indices]}
 
@@ -104,8 +110,19 @@ class ImageFolder:
         """The class of each file, (n,) int32."""
         return self._labels
 
-    def _read(self, path: pathlib.Path) -> np.ndarray:
-        return decode_image(path, self._image_size, self._channels, str(path))
+    def _read(self, index: int) -> np.ndarray:
+        path = self.paths[index]
+        with bad_image(path, index, str(path)):
+            return decode_image(path, self._image_size, self._channels, str(path))
+
+
+@contextlib.contextmanager
+def bad_image(shard: str | os.PathLike[str], record: int, what: str) -> Iterator[None]:
+    """Turns the `UsageError` of `decode_image`, which called it `what`, into that of a bad record."""
+    try:
+        yield
+    except UsageError as error:
+        raise BadRecordError(shard, record, error.message.removeprefix(f'{what} ')) from error
 
 
 def decode_image(
@@ -122,6 +139,7 @@ def decode_image(
 
     Raises:
       UsageError: Pillow cannot decode it, or it has more than 8 bits a channel.
+      OSError: the file system does not let it be read: the image may be sound.
     """
     from PIL import Image, ImageOps
 
@@ -136,7 +154,9 @@ def decode_image(
             if size is not None and image.size != (size, size):
                 image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
             return np.asarray(image).reshape(image.height, image.width, channels)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (*DAMAGE, Image.DecompressionBombError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise UsageError(f'{what} cannot be decoded: {error}', 'remove it or replace it') from error
 
 

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from research.core.errors import UsageError, nearest
-from research.data.source import ArraySource, Block, DataSet, Source, key_of
+from research.data.bad_records import BadRecordError, filled, salvage
+from research.data.source import ArraySource, Block, DataSet, Source, key_of, shapes_of
 from research.data.sources import tfds_readers
-from research.data.sources.image_folder import decode_image
+from research.data.sources.image_folder import bad_image, decode_image
 
 MAX_BYTES_IN_MEMORY = 10**9
 CHUNK = 64  # images per task of a thread: decoding small ones takes less time than handing them over
@@ -54,6 +55,7 @@ def tfds(
 
     Raises:
       UsageError: unknown name, no network, not prepared, prepared in a format without random access, or no usable feature.
+      BadRecordError: (when it is read; in memory too) a record whose shard is damaged or whose image cannot be decoded.
     """
     builder = _builder(dataset, data_dir)
     if not builder.is_prepared():
@@ -81,6 +83,10 @@ class TfdsSource:
         self._folder, self._full_name = pathlib.Path(builder.data_path), builder.info.full_name
         self._fields = fields_of(builder, image_size)
         self.has_classes = _is_class(_label(builder))
+        shards = builder.info.splits[split].file_instructions
+        self._shards = [(pathlib.Path(s.filename), s.skip, s.examples_in_shard) for s in shards]
+        self._ends = np.cumsum([s.take for s in shards])
+        self._lost: dict[int, str | None] = {}  # by shard that was looked at: why none of its records can be trusted
         images = [name for name, feature in builder.info.features.items() if _is_image(feature)]
         try:
             self._records = builder.as_data_source(split, decoders={name: decode.SkipDecoding() for name in images})
@@ -95,12 +101,12 @@ class TfdsSource:
         return len(self._records)
 
     def __getitem__(self, indices: np.ndarray) -> Block:
-        records = self._records.__getitems__([int(i) for i in indices])
+        records = self._read(indices)
         block = {}
         for name, (shape, dtype) in self._fields.items():
             values = [record[name] for record in records]
             if name == 'image':
-                values = self._decode(values, indices, shape[-1])
+                values = self._decode(values, indices, shape)
             block[name] = np.array(values, dtype).reshape(len(records), *shape)
         return block
 
@@ -121,11 +127,11 @@ class TfdsSource:
     def _labels(self) -> np.ndarray:
         """Read once from all records, images left encoded, and kept beside them: for ImageNet that is 150 GB to go through."""
         path = self._folder / f'fulcrum-labels-{self.split}.npy'
-        if path.is_file():
-            return np.load(path, allow_pickle=False)
+        kept = _kept_labels(path)
+        if kept is not None and kept.shape == (len(self),):
+            return kept
         ranges = np.array_split(np.arange(len(self)), -(-len(self) // READ))
-        records = (record for r in ranges for record in self._records.__getitems__(r.tolist()))
-        labels = np.array([record['label'] for record in records], np.int32)
+        labels = np.concatenate([self.label_block(r)['label'] for r in ranges])
         if os.access(self._folder, os.W_OK):
             temporary = path.with_name(f'.{os.getpid()}.{path.name}')
             np.save(temporary, labels)
@@ -136,26 +142,91 @@ class TfdsSource:
         """The class of each example, (n,) int32; None if 'label' is not a class."""
         return self._labels if self.has_classes else None
 
-    def _decode(self, encoded: list[bytes], indices: np.ndarray, channels: int) -> list[np.ndarray]:
+    def label_block(self, indices: np.ndarray) -> Block:
+        """'label' (B,) int32 of the records at `indices`, without decoding their images."""
+        return {'label': np.array([record['label'] for record in self._read(indices)], np.int32)}
+
+    def _read(self, indices: np.ndarray) -> list[dict[str, Any]]:
+        """The records at `indices` (B,), images left encoded."""
+        wanted = [int(i) for i in indices]
+        self._check_shards(wanted)
+        try:
+            return self._records.__getitems__(wanted)
+        except _damage() as error:
+            for index in wanted:  # array_record does not say which
+                try:
+                    self._records.__getitems__([index])
+                except _damage() as own:
+                    raise BadRecordError(*self._place(index), _first_line(own)) from own
+            raise BadRecordError(*self._place(wanted[0]), _first_line(error)) from error
+
+    def _place(self, index: int) -> tuple[pathlib.Path, int]:
+        """The shard of an example and its number there."""
+        shard = int(np.searchsorted(self._ends, index, side='right'))
+        path, skipped, _ = self._shards[shard]
+        return path, index - (int(self._ends[shard - 1]) if shard else 0) + skipped
+
+    def _check_shards(self, indices: list[int]) -> None:
+        """Raises the error of the first example whose shard holds less than it should: array_record may read nonsense there."""
+        for index, shard in zip(indices, np.searchsorted(self._ends, indices, side='right').tolist(), strict=True):
+            if shard not in self._lost:
+                self._lost[shard] = _problem(self._shards[shard][0], self._shards[shard][2])
+            if (reason := self._lost[shard]) is not None:
+                raise BadRecordError(*self._place(index), reason)
+
+    def _decode_one(self, data: bytes, index: int, shape: tuple[int, ...]) -> np.ndarray:
+        with bad_image(*self._place(index), 'it'):
+            image = decode_image(io.BytesIO(data), self.image_size, shape[-1], 'it', orient=False)
+        if image.shape != shape:
+            raise BadRecordError(*self._place(index), f'its image is {image.shape}, not {shape}')
+        return image
+
+    def _decode(self, encoded: list[bytes], indices: np.ndarray, shape: tuple[int, ...]) -> list[np.ndarray]:
         chunk = max(1, min(CHUNK, len(encoded) // self.workers))
         starts = range(0, len(encoded), chunk)
 
         def decode_chunk(start: int) -> list[np.ndarray]:
-            return [
-                decode_image(io.BytesIO(data), self.image_size, channels, f'{self._full_name} {self.split}[{i}]', orient=False)
-                for data, i in zip(encoded[start : start + chunk], indices[start : start + chunk], strict=True)
-            ]
+            rows = slice(start, start + chunk)
+            return [self._decode_one(data, int(i), shape) for data, i in zip(encoded[rows], indices[rows], strict=True)]
 
         with futures.ThreadPoolExecutor(self.workers) as pool:
             return [image for images in pool.map(decode_chunk, starts) for image in images]
 
 
 def load(source: TfdsSource) -> ArraySource:
-    """The whole split, decoded, in memory."""
+    """The whole split, decoded, in memory. A `Loaded` if some of it cannot be read.
+
+    Raises:
+      BadRecordError: nothing of it can be read.
+    """
     ranges = np.array_split(np.arange(len(source)), -(-len(source) // READ))
-    blocks = [source[r] for r in ranges]
+    read = [salvage(source.__getitem__, r) for r in ranges]
+    errors = {index: error for _, found in read for index, error in found.items()}
+    blocks = [block for block, _ in read if block is not None]
+    if not blocks:
+        raise next(iter(errors.values()))
     arrays = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
-    return ArraySource(arrays, label='label' if source.has_classes else None)
+    label = 'label' if source.has_classes else None
+    return Loaded(arrays, label, errors) if errors else ArraySource(arrays, label)
+
+
+class Loaded(ArraySource):
+    """Arrays in memory of which some rows could not be read: those are zero, with label -1, and raise their `errors`."""
+
+    def __init__(self, arrays: dict[str, np.ndarray], label: str | None, errors: dict[int, BadRecordError]):
+        good = next(iter(arrays.values()))
+        bad = np.isin(np.arange(len(good) + len(errors)), list(errors))  # (n,)
+        arrays = filled(arrays, bad, shapes_of(arrays))
+        if label is not None:
+            arrays[label][bad] = -1
+        super().__init__(arrays, label)
+        self.errors = errors
+
+    def __getitem__(self, indices: np.ndarray) -> Block:
+        for index in np.asarray(indices).tolist():
+            if index in self.errors:
+                raise self.errors[index].bare()
+        return super().__getitem__(indices)
 
 
 def fields_of(builder: Any, image_size: int | None) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -219,6 +290,38 @@ def _is_class(feature: Any) -> bool:
     from tensorflow_datasets import features
 
     return isinstance(feature, features.ClassLabel)
+
+
+def _kept_labels(path: pathlib.Path) -> np.ndarray | None:
+    """The labels that an earlier run left, unless they are damaged."""
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+
+
+def _problem(path: pathlib.Path, expected: int) -> str | None:
+    """Why a shard cannot hold the `expected` records; None if it may, or if reading it says so by itself."""
+    from array_record.python import array_record_module
+
+    try:
+        reader = array_record_module.ArrayRecordReader(str(path), options='readahead_buffer_size:0')
+        count = reader.num_records()
+        reader.close()
+    except RuntimeError as error:
+        return _first_line(error)
+    return None if count == expected else f'the shard holds {count} records, not {expected}'
+
+
+def _damage() -> tuple[type[Exception], ...]:
+    """What array_record and TFDS raise on damaged records."""
+    from google.protobuf.message import DecodeError
+
+    return RuntimeError, ValueError, LookupError, TypeError, OSError, DecodeError
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition('\n')[0] or type(error).__name__
 
 
 def _builder(dataset: str, data_dir: str | None) -> Any:
