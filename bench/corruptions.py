@@ -108,14 +108,24 @@ class Victim:
         'fell back' (step 1, right), 'unharmed' (step 2, right), 'refused' (an error), 'SILENTLY WRONG', or 'no change' where
         the damage left the bytes as they were.
         """
+        copy = self._damaged(name, damage, rng)
+        return ('no change', 'no change') if copy is None else (self._verified(copy), self._bare(copy, name))
+
+    def verified(self, name: str, damage: Callable[[pathlib.Path, random.Random], None], rng: random.Random) -> str:
+        """As `hit`, but without Orbax alone."""
+        copy = self._damaged(name, damage, rng)
+        return 'no change' if copy is None else self._verified(copy)
+
+    def _damaged(
+        self, name: str, damage: Callable[[pathlib.Path, random.Random], None], rng: random.Random
+    ) -> pathlib.Path | None:
+        """A damaged copy; None if the damage changed nothing."""
         copy = self.folder.with_name('copy')
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(self.folder, copy)
         before = (copy / name).read_bytes()
         damage(copy / name, rng)
-        if (copy / name).exists() and (copy / name).read_bytes() == before:
-            return 'no change', 'no change'
-        return self._verified(copy), self._bare(copy, name)
+        return None if (copy / name).exists() and (copy / name).read_bytes() == before else copy
 
     def _verified(self, copy: pathlib.Path) -> str:
         with Checkpoints(copy, keep=2, writable=False, say=lambda text: None) as checkpoints:

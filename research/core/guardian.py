@@ -44,6 +44,7 @@ LIMITS = {
 }
 START_GRACE_S = 3.0
 TICK_S = 0.25
+LAST_WORDS_S = 10.0
 SLACK_S = 3.0  # the timers of C come so much later than the guardian
 
 
@@ -69,8 +70,7 @@ class Guardian:
         self._beat = time.monotonic()
         self._stopped_at: float | None = None
         self._signals = 0
-        self._tasks: list[tuple[float, Callable[[], None]]] = []
-        self._due: list[float] = []
+        self._tasks: list[_Task] = []
         self._stacks: IO[str] = sys.__stderr__ or sys.stderr
         self._close = threading.Event()
         self._thread = threading.Thread(target=self._work, name='guardian', daemon=True)
@@ -92,20 +92,20 @@ class Guardian:
         self._close.set()
         self._thread.join()
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was set by C
         if self._before:
             signal.set_wakeup_fd(self._wakeup)
         faulthandler.cancel_dump_traceback_later()
         self._timer.cancel()
         os.close(self._read)
         os.close(self._write)
-        if self._stacks is not (sys.__stderr__ or sys.stderr):
-            self._stacks.close()
+        self._close_stacks()
 
     def enter(self, phase: str) -> None:
         """The main thread is in `phase` now."""
         now = time.monotonic()
-        self.phase, self._beat = phase, now
+        self._beat = now
+        self.phase = phase  # in this order: a new, shorter bound must not meet the old beat in the guardian's thread
         if now + self._limit() < self._armed - TICK_S:  # else the guardian has the time to do it, and steps stay cheap
             self._arm(now + self._limit())
 
@@ -115,20 +115,21 @@ class Guardian:
 
     def every(self, seconds: float, task: Callable[[], None]) -> None:
         """Calls `task` in the guardian's thread every so many seconds; an exception of it ends the process by its code."""
-        self._tasks.append((seconds, task))
-        self._due.append(time.monotonic() + seconds)
+        self._tasks.append(_Task(seconds, task))
 
     def forget(self) -> None:
         """Drops tasks and callbacks: what they belong to is over."""
-        self._tasks, self._due, self.on_stop, self.last_words, self.alone = [], [], None, None, True
+        self._tasks, self.on_stop, self.last_words, self.alone = [], None, None, True
 
     def stacks_to(self, path: str | os.PathLike[str]) -> None:
         """Stacks go to this file from now on."""
-        self._stacks = open(path, 'a', encoding='utf-8')  # noqa: SIM115 - open as long as the guardian
-        self._armed = 0.0
+        before, self._stacks = self._stacks, open(path, 'a', encoding='utf-8')  # noqa: SIM115 - open as long as the guardian
+        self._arm(self._beat + self._limit())  # the timers hold the old file
+        self._close_stacks(before)
 
     def end(self, status: str, code: int, message: str) -> None:
         """Ends the process without the main thread, which may be stuck: last words, then `_exit`."""
+        self._timer.arm(LAST_WORDS_S)  # they may need what the main thread holds, or a disk or a reader that has gone away
         with contextlib.suppress(Exception):
             if sys.stdout.isatty():
                 sys.stdout.write('\x1b[?25h')  # the progress bar hid the cursor
@@ -144,12 +145,14 @@ class Guardian:
         """In the main thread, as soon as it runs Python again."""
         del frame
         self._first(signal.Signals(number).name)
-        if self.phase in NOTHING_TO_LOSE or (self.alone and self.phase in LEAVE_AT_ONCE):
+        if self.alone and self.phase in (*NOTHING_TO_LOSE, *LEAVE_AT_ONCE):
             raise Interrupted(signal.Signals(number).name)
 
     def request(self, name: str) -> None:
         """As if the first signal had come to this process: another one of the run got it."""
-        self._first(name)
+        if self.stopped is None:
+            self._first(name)
+            self._stopped_at = time.monotonic() - START_GRACE_S + 1.0  # where there is nothing to lose, before the other ends
 
     def _first(self, name: str) -> None:
         if self.stopped is None:
@@ -172,9 +175,12 @@ class Guardian:
                 'KeyboardInterrupt', ExitCode.STOPPED, 'ended at once\n  fix: the same command goes on from the last checkpoint'
             )
         self._first(name)
-        sys.stderr.write(f'\n{name}: stopping after this step, and saving; once more to quit at once\n')
-        if self.on_stop is not None:
-            self.on_stop(name)
+        _tell(f'\n{name}: stopping after this step, and saving; once more to quit at once\n')
+        try:
+            if self.on_stop is not None:
+                self.on_stop(name)
+        except Exception as error:  # noqa: BLE001 - the thread must live to hear the next signal
+            _tell(f'\nwarning: {type(error).__name__}: {error}\n')
 
     def _check_grace(self) -> None:
         if self._stopped_at is None:
@@ -222,16 +228,36 @@ class Guardian:
             self._stacks.flush()
             faulthandler.dump_traceback(file=self._stacks, all_threads=True)
 
+    def _close_stacks(self, file: IO[str] | None = None) -> None:
+        file = file or self._stacks
+        if file is not (sys.__stderr__ or sys.stderr):
+            file.close()
+
     def _run_tasks(self) -> None:
-        now = time.monotonic()
-        for i, (seconds, task) in enumerate(self._tasks):
-            if now >= self._due[i]:
-                self._due[i] = now + seconds
+        tasks = self._tasks  # the main thread may forget them meanwhile
+        for task in tasks:
+            if self._tasks is tasks and time.monotonic() >= task.due:
+                task.due = time.monotonic() + task.seconds
                 try:
-                    task()
+                    task.run()
                 except Exception as error:  # noqa: BLE001 - there is nobody above this thread to catch it
-                    code = int(getattr(error, 'exit_code', 1))
-                    self.end(type(error).__name__, code, str(error))
+                    if self._tasks is tasks:  # else what it belongs to was over first
+                        self.end(type(error).__name__, int(getattr(error, 'exit_code', 1)), str(error))
+
+
+class _Task:
+    """What the guardian's thread does every `seconds`."""
+
+    def __init__(self, seconds: float, run: Callable[[], None]) -> None:
+        self.seconds, self.run = seconds, run
+        self.due = time.monotonic() + seconds
+
+
+def _tell(text: str) -> None:
+    """To standard error, if anybody still reads it."""
+    with contextlib.suppress(Exception):
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 class Timer:

@@ -4,7 +4,7 @@
     journal.append({'step': 1, 'loss': 2.3})       # on disk, or waiting: it never raises for the disk's sake
     journal.flush()                                # None, or why lines are still waiting
 
-What cannot be written whole (disk full) is cut back to the last whole line, and the rest waits for the next try. Where a try was
+What cannot be written whole (disk full) is cut back to the last whole line; the rest waits for the next try. Where a try was
 left in the middle, by a signal or by a death, the file itself says how far it came: no line is written twice.
 """
 

@@ -13,10 +13,16 @@ Text that is packed or cut into windows is read before there are rows: a bad doc
 masked for it. A bad record keeps its place in its split, in a data budget and in every count of examples.
 """
 
+import contextlib
 import functools
+import lzma
 import pathlib
+import struct
 import threading
-from collections.abc import Callable
+import tokenize
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -27,6 +33,11 @@ from research.data.source import Block, Shapes, Source, shapes_of
 
 BAD = 'bad'  # the key of a batch that tells which rows could not be read
 FIX = "restore the file, or config.data.on_bad_record='skip' leaves such records out"
+# What readers of files raise on damage. An OSError is their word for it too, then without a number of the system's.
+DAMAGE = (
+    ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, SyntaxError, TypeError, ValueError,
+    lzma.LZMAError, struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 READ = 4096  # records that are read at once for their labels
 TRIES = 1000  # records that are looked at for the shape of a good one
 
@@ -47,6 +58,27 @@ class BadRecordError(StorageError):
     def bare(self) -> 'BadRecordError':
         """The same without traceback and cause, which would keep the blocks of their frames in memory."""
         return BadRecordError(self.shard, self.record, self.reason, self.fix)
+
+
+@contextlib.contextmanager
+def reading(file: object, fix: str = 'fetch it again, or restore it') -> Iterator[None]:
+    """Around the reading of a file that is of no use in parts.
+
+    Raises:
+      UsageError: it is damaged; it is named.
+      OSError: the file system does not let it be read: the file may be sound.
+    """
+    try:
+        yield
+    except DAMAGE as error:
+        raise UsageError(f'{file} is damaged: {reason_of(error)}', fix) from error
+
+
+def reason_of(error: Exception) -> str:
+    """Why a file cannot be read, in one line; raises the error itself where it is of the system and not of the file."""
+    if isinstance(error, OSError) and error.errno is not None:
+        raise error
+    return str(error).partition('\n')[0] or type(error).__name__
 
 
 class BadRecords:

@@ -13,6 +13,7 @@ files and folders, each name once, without owners and without set-user-id bits; 
 
 import bz2
 import contextlib
+import errno
 import gzip
 import hashlib
 import http.client
@@ -24,6 +25,7 @@ import pathlib
 import secrets
 import shutil
 import stat
+import struct
 import tarfile
 import time
 import urllib.error
@@ -44,15 +46,17 @@ BLOCK_BYTES = 1 << 20
 MAX_MEMBERS = 10_000_000
 MAX_BYTES = 1 << 41  # 2 TiB unpacked
 MAX_HEADER_BYTES = 1 << 20  # of one read: tarfile reads files by 16 KiB, but a long name or a pax header in one piece
+MAX_TAIL_BYTES = 1 << 26  # of padding behind a tar's end mark
 TAR_SUFFIXES = ('.tar', '.tar.gz', '.tgz', '.tar.bz2', '.tbz2', '.tbz', '.tb2', '.tar.xz')
 OFFLINE_FIX = 'check the network; where there is none, bring the prepared data from a machine that has one'
 
 # What damaged and hostile archives raise: zipfile gives RuntimeError for passwords and unknown methods, tarfile OverflowError
 # for impossible times, bz2 an OSError without a number.
 DAMAGED = (
-    *(tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError),
+    *(tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError, struct.error),
     *(EOFError, ValueError, RuntimeError, OverflowError, OSError),
 )
+OF_THE_ARCHIVE = (None, errno.EINVAL, errno.ENAMETOOLONG)  # a place before the file's start, a name that no file can have
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +113,7 @@ def extract(archive: Path, to: Path, kind: str | None = None, max_bytes: int = M
         try:
             unpack(archive, temporary, room)
         except DAMAGED as error:
-            if isinstance(error, OSError) and error.errno is not None:  # the disk's fault, not the archive's
+            if isinstance(error, OSError) and error.errno not in OF_THE_ARCHIVE:  # it is the disk's fault
                 raise
             raise UsageError(f'{archive} cannot be unpacked: {error}', f'delete {archive} and download it again') from error
         os.sync()  # a name that outlives a power cut must not stand for files that do not; one call for a million files
@@ -191,14 +195,15 @@ def _transfer(url: str, to: pathlib.Path, size: int | None) -> str:
 
 def _untar(archive: pathlib.Path, to: pathlib.Path, room: int) -> None:
     """Unpacks files and folders only: a link is refused, since older Pythons' data filter can be led out through one."""
-    with _decompressed(archive) as file, tarfile.open(fileobj=_Careful(file), mode='r:') as tar:
+    with _decompressed(archive) as file, tarfile.open(fileobj=(careful := _Careful(file)), mode='r:') as tar:
         to.mkdir()
         members = Members(room)
         for member in tar:  # one pass, so a bomb is met before it is unpacked, and before the whole list is in memory
             kind = stat.S_IFDIR if member.isdir() else stat.S_IFREG if member.isfile() else stat.S_IFLNK
             members.check(member.name, kind, member.size)
             tar.extract(member, to, filter='data')  # the filter clears owners, set-user-id and others' right to write
-            tar.members.clear()
+            tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue] - else it keeps them all in memory
+        careful.check_end()
 
 
 def _decompressed(archive: pathlib.Path) -> Any:
@@ -217,11 +222,23 @@ class _Careful(io.RawIOBase):
 
     def __init__(self, file: Any):
         self._file = file
+        self._last = b''  # the block that was read last
 
     def read(self, size: int = -1) -> bytes:
         if not 0 <= size <= MAX_HEADER_BYTES:
             raise ValueError(f'a header of {size} bytes')
-        return self._file.read(size)
+        self._last = self._file.read(size)
+        return self._last
+
+    def check_end(self) -> None:
+        """tarfile takes a damaged header, and an archive cut off between two members, for the end: the end mark tells."""
+        if self._last != bytes(tarfile.BLOCKSIZE):
+            raise ValueError('it has no end: it is cut off or damaged')
+        left = MAX_TAIL_BYTES
+        while block := self._file.read(MAX_HEADER_BYTES):  # to the end, where gzip and xz keep their checksums
+            left -= len(block)
+            if left < 0:
+                raise ValueError(f'it has more than {MAX_TAIL_BYTES} bytes behind its end')
 
     def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
         return self._file.seek(position, whence)

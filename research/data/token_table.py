@@ -70,8 +70,8 @@ def tokenise(
     dtype = np.dtype(np.uint16 if tokenizer.vocabulary_size <= 2**16 else np.uint32)
     first, last = np.array(before, dtype), np.array(after, dtype)
     path = files.cache_folder('tokens') / address
-    if _offsets_file(path).is_file():
-        return _mapped(path, dtype, address)
+    if (kept := _kept(path, dtype, address)) is not None:
+        return kept
     lengths, held, size = [], [], 0
     with temporary_neighbour(path) as temporary, contextlib.ExitStack() as stack:
         file: BinaryIO | None = None
@@ -143,6 +143,17 @@ def row_keys(address: str, count: int) -> np.ndarray:
 
 def _offsets_file(path: pathlib.Path) -> pathlib.Path:
     return path.with_name(f'{path.name}.offsets')  # written last: where it is, the tokens are complete
+
+
+def _kept(path: pathlib.Path, dtype: np.dtype, address: str) -> TokenTable | None:
+    """The tokens of an earlier run; None if there are none, or if they are damaged."""
+    if not _offsets_file(path).is_file():
+        return None
+    try:
+        table = _mapped(path, dtype, address)
+    except (OSError, ValueError):
+        return None
+    return table if len(table.offsets) and table.offsets[-1] == len(table.tokens) else None
 
 
 def _mapped(path: pathlib.Path, dtype: np.dtype, address: str) -> TokenTable:

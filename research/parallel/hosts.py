@@ -24,13 +24,24 @@ from typing import Any
 
 import jax
 
-from research.core.errors import ExitCode, Interrupted, UsageError
+from research.core.errors import (
+    ExitCode,
+    FulcrumError,
+    Interrupted,
+    NumericalError,
+    StoppedError,
+    UsageError,
+    exit_code,
+    explain,
+)
 from research.core.guardian import Guardian
 
 POLL_S = 0.1
 BEAT_S = 1.0
 LOST_S = 8.0
 HEARTBEAT_S = 10  # jax' own; its default of 100 s lets survivors wait that long
+LEAVE_S = 4.0
+SHARED = (StoppedError, NumericalError)  # raised by all processes at the same step
 WAIT_MS = 3_600_000  # an hour: the watchdog bounds waits
 ROOM = 'fulcrum'
 END_MS = 5_000
@@ -266,9 +277,12 @@ def together(watch: Guardian) -> Iterator[None]:
         _explain_aborts(watch)
     try:
         yield
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         if not is_alone() and _is_loss(error):
             end_for_loss(watch, 'another process')
+        if not is_alone() and isinstance(error, (FulcrumError, KeyboardInterrupt)) and not isinstance(error, SHARED):
+            time.sleep(LEAVE_S if is_main() else 5 * POLL_S)  # all hear why, and the others go before their coordinator does
+            watch.end(type(error).__name__, exit_code(error), explain(error)[0])  # nobody else is at this point: wait for none
         raise
 
 
@@ -287,7 +301,7 @@ def _explain_aborts(watch: Guardian) -> None:
 _kept: list[Any] = []
 
 
-def _is_loss(error: Exception) -> bool:
+def _is_loss(error: BaseException) -> bool:
     words = (
         'Gloo',
         'Connection reset',

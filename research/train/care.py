@@ -29,7 +29,6 @@ def watched(
     with own, _recorded(directory, clock), _bounded(experiment, directory, watch), Votes(watch) as votes, hosts.together(watch):
         watch.last_words = lambda status, code: directory.event('exit', status=status, code=code, seconds=clock.own())
         watch.on_stop = lambda name: votes.request('stop')
-        watch.alone = hosts.is_alone()
         if watch.stopped is not None:
             votes.request('stop')
         if hosts.is_main():

@@ -65,6 +65,7 @@ def train(
         clock = Clock(watch.enter, watch.since)
         stack.enter_context(clock.phase('start'))
         hosts.start(experiment.parallel.distributed)
+        watch.alone = hosts.is_alone()
         reporter = stack.enter_context(Reporter(experiment.log.plain_every, quiet or not hosts.is_main()))
         # First of all: it says in one line if jax cannot start.
         mesh = meshes.make_mesh(experiment.parallel.devices, experiment.parallel.model_axis)

@@ -1,4 +1,4 @@
-"""The journal under everything that can befall a file: a full disk, a kill, a signal in the middle of a write, other writers."""
+"""The journal under all that can befall a file: a full disk, a kill, a signal in the middle of a write, other writers."""
 
 import errno
 import json

@@ -140,7 +140,7 @@ def test_damaged_checkpoints_are_never_replaced_by_a_fresh_start(run):
     for step in ('8', '12'):
         damage(path / 'checkpoints' / step)
     for _ in range(2):  # also when asked again
-        with pytest.raises(StorageError, match='no checkpoint in .* is good'):
+        with pytest.raises(StorageError, match=r'no checkpoint in .* is good'):
             run()
     assert sorted(p.name for p in (path / 'checkpoints').iterdir()) == ['12.corrupt', '8.corrupt']
 

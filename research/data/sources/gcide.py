@@ -13,6 +13,7 @@ import string
 
 from research.core import files
 from research.core.errors import UsageError
+from research.data.bad_records import reading
 from research.data.source import ArraySource, DataSet
 from research.data.sources.text_files import as_column
 
@@ -31,15 +32,20 @@ def gcide(*, dir: str | None = None) -> DataSet:  # noqa: A002  the config's wor
     folder = files.data_folder() / 'deb/usr/share/dictd' if dir is None else pathlib.Path(dir).expanduser()
     if not (folder / 'gcide.index').is_file():
         raise UsageError(f'there is no gcide.index in {folder}', 'python -m bench.data fetch gcide')
-    with gzip.open(folder / 'gcide.dict.dz') as opened:
+    again = 'python -m bench.data fetch gcide'
+    with reading(folder / 'gcide.dict.dz', again), gzip.open(folder / 'gcide.dict.dz') as opened:
         contents = opened.read()
-    places = set()
-    for line in (folder / 'gcide.index').read_text(encoding='utf-8').splitlines():
-        headword, offset, length = line.split('\t')[:3]
-        if not headword.startswith('00-'):  # what the dictionary says of itself
-            places.add((_number(offset), _number(length)))
+    with reading(folder / 'gcide.index', again):
+        places = _places(folder / 'gcide.index')
     texts = [contents[offset : offset + length].decode(errors='replace') for offset, length in sorted(places)]
     return DataSet('gcide', {'all': ArraySource({'text': as_column(texts)})})
+
+
+def _places(index: pathlib.Path) -> set[tuple[int, int]]:
+    """Where each entry begins and how long it is."""
+    lines = [line.split('\t')[:3] for line in index.read_text(encoding='utf-8').splitlines()]
+    # What the dictionary says of itself begins with 00-.
+    return {(_number(offset), _number(length)) for headword, offset, length in lines if not headword.startswith('00-')}
 
 
 def _number(text: str) -> int:

@@ -17,6 +17,7 @@ import numpy as np
 
 from research.core import files
 from research.core.errors import UsageError
+from research.data.bad_records import reading
 from research.data.source import ArraySource, DataSet, key_of
 from research.data.sources.text_files import as_column
 
@@ -61,7 +62,8 @@ def _paragraphs(root: pathlib.Path) -> dict[tuple[str, str], str]:
     found = {}
     for path in sorted(root.rglob('*.html')):
         name = path.relative_to(root).as_posix()
-        page = NOT_TEXT.sub('', path.read_text(encoding='utf-8'))
+        with reading(path, 'python -m bench.data fetch help_en_de'):
+            page = NOT_TEXT.sub('', path.read_text(encoding='utf-8'))
         for match in PARAGRAPH.finditer(page):
             text = html.unescape(re.sub(r'<[^>]+>', '', match[3]))
             found[name, match[2]] = ' '.join(text.split())

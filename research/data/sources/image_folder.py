@@ -14,8 +14,6 @@ import functools
 import io
 import os
 import pathlib
-import struct
-import zlib
 from collections.abc import Iterator, Sequence
 from concurrent import futures
 from typing import Any
@@ -23,13 +21,11 @@ from typing import Any
 import numpy as np
 
 from research.core.errors import UsageError
-from research.data.bad_records import BadRecordError
+from research.data.bad_records import DAMAGE, BadRecordError, reason_of
 from research.data.source import Block, DataSet, Source, key_of
 
 SPLITS = {'train': 'train', 'test': 'test', 'validation': 'validation', 'val': 'validation'}  # folder: split
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp')
-# What Pillow raises on damaged files. OSError is its word for 'truncated', then without a number of the system's.
-DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, struct.error, zlib.error)
 MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}  # Pillow's names by number of channels
 
 
@@ -155,9 +151,7 @@ def decode_image(
                 image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
             return np.asarray(image).reshape(image.height, image.width, channels)
     except (*DAMAGE, Image.DecompressionBombError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise UsageError(f'{what} cannot be decoded: {error}', 'remove it or replace it') from error
+        raise UsageError(f'{what} cannot be decoded: {reason_of(error)}', 'remove it or replace it') from error
 
 
 def _with_mode(image: Any, mode: str) -> Any:

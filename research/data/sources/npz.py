@@ -16,6 +16,7 @@ import zipfile
 import numpy as np
 
 from research.core.errors import UsageError
+from research.data.bad_records import DAMAGE, reading, reason_of
 from research.data.source import ArraySource, DataSet, Source
 
 SPLIT_WORDS = {'train': 'train', 'test': 'test', 'validation': 'validation', 'valid': 'validation', 'val': 'validation'}
@@ -56,12 +57,15 @@ def _read_arrays(file: pathlib.Path) -> dict[str, np.ndarray]:
     if not zipfile.is_zipfile(file):
         raise UsageError(f'{file} is not an .npz file', 'write it with np.savez(PATH, x_train=..., y_train=...)')
     arrays = {}
-    with np.load(file, allow_pickle=False) as opened:
+    again = 'write or fetch it again'
+    # Opened here, since np.load leaves a damaged file open.
+    with reading(file, again), file.open('rb') as raw, np.load(raw, allow_pickle=False) as opened:
         for name in opened.files:
             try:
                 arrays[name] = opened[name]
-            except (ValueError, OSError, zipfile.BadZipFile) as error:
-                raise UsageError(f'{file}: {name!r} cannot be read: {error}', 'store numeric arrays only') from error
+            except DAMAGE as error:
+                reason = reason_of(error)
+                raise UsageError(f'{file}: {name!r} cannot be read: {reason}', 'store numeric arrays only') from error
             if not isinstance(arrays[name], np.ndarray) or arrays[name].dtype.kind not in 'buif':
                 raise UsageError(f'{file}: {name!r} is not an array of numbers', 'store numeric arrays only')
     if not arrays:

@@ -13,6 +13,7 @@ import pathlib
 
 from research.core import files
 from research.core.errors import UsageError
+from research.data.bad_records import reading
 from research.data.source import ArraySource, DataSet
 from research.data.sources.text_files import as_column
 
@@ -36,6 +37,11 @@ def poetry_zh(*, dir: str | None = None, dynasty: str | None = None) -> DataSet:
     paths = [path for name in DYNASTIES if dynasty in (None, name) for path in sorted(folder.glob(f'poet.{name}.*.json'))]
     if not paths:
         raise UsageError(f'there are no poems in {folder}', 'python -m bench.data fetch poetry_zh')
-    poems = [poem for path in paths for poem in json.loads(path.read_bytes())]
-    texts = ['\n'.join([poem['title'], *poem['paragraphs']]) + '\n' for poem in poems if poem['paragraphs']]
+    texts = [text for path in paths for text in _texts(path)]
     return DataSet('poetry_zh', {'all': ArraySource({'text': as_column(texts)})})
+
+
+def _texts(path: pathlib.Path) -> list[str]:
+    with reading(path, 'python -m bench.data fetch poetry_zh'):
+        poems = json.loads(path.read_bytes())
+        return ['\n'.join([poem['title'], *poem['paragraphs']]) + '\n' for poem in poems if poem['paragraphs']]

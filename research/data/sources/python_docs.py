@@ -9,6 +9,7 @@ must say. Parsing takes a few seconds, so the documents are kept in the cache fo
 """
 
 import ast
+import contextlib
 import json
 import os
 import pathlib
@@ -45,7 +46,8 @@ def _kept_or_read(root: pathlib.Path) -> list[str]:
     kept = folder / f'{files.digest([sys.version, *stamps])}.json'
     is_private = files.problem_of_folder(folder) is None
     if is_private and kept.is_file():
-        return files.read_json(kept)
+        with contextlib.suppress(ValueError):  # it is damaged: it is made again
+            return files.read_json(kept)
     documents = list(read(root, paths))
     if is_private:
         files.write_atomically(kept, json.dumps(documents))

@@ -29,6 +29,7 @@ import numpy as np
 
 from research.core.errors import UsageError
 from research.core.files import data_folder
+from research.data.bad_records import DAMAGE, reading, reason_of
 from research.data.source import Block, DataSet, key_of
 
 GAME = pathlib.Path('usr/share/games/fillets-ng')
@@ -125,7 +126,9 @@ def read_transcripts(root: pathlib.Path) -> dict[tuple[str, str], str]:
     """The Dutch words of each (level, name of the utterance)."""
     found = {}
     for file in root.glob('script/*/dialogs_nl.lua'):
-        for name, _, dutch in LINE.findall(file.read_text(encoding='utf-8')):
+        with reading(file, 'python -m bench.data fetch speech_nl'):
+            script = file.read_text(encoding='utf-8')
+        for name, _, dutch in LINE.findall(script):
             found[file.parts[-2], name] = plain_words(re.sub(r'\\(.)', r'\1', dutch))
     return found
 
@@ -154,8 +157,10 @@ def read_audio(file: pathlib.Path, sample_rate: int) -> np.ndarray:
 
     try:
         samples, rate = soundfile.read(file, dtype='float32', always_2d=True)  # (N, channels)
-    except soundfile.LibsndfileError as error:
-        raise UsageError(f'{file} cannot be read: {error}', 'fetch it again: python -m bench.data fetch speech_nl') from error
+    except DAMAGE as error:  # among them soundfile's own
+        raise UsageError(
+            f'{file} cannot be read: {reason_of(error)}', 'fetch it again: python -m bench.data fetch speech_nl'
+        ) from error
     common = math.gcd(rate, sample_rate)
     mono = samples.mean(axis=1)  # (N,)
     changed = mono if rate == sample_rate or not len(mono) else resample_poly(mono, sample_rate // common, rate // common)

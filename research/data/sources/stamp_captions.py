@@ -16,6 +16,7 @@ import numpy as np
 
 from research.core.errors import UsageError
 from research.core.files import data_folder
+from research.data.bad_records import reading
 from research.data.source import ArraySource, DataSet
 
 FOLDER = pathlib.Path('deb/usr/share/tuxpaint/stamps')
@@ -36,7 +37,8 @@ def stamp_captions(*, dir: str | None = None) -> DataSet:  # noqa: A002
     found: dict[str, str] = {}
     for path in sorted(root.glob('**/*.txt')):
         if any(path.with_suffix(end).is_file() for end in ('.png', '.svg')):
-            caption = path.read_text(encoding='utf-8').split('\n')[0].strip()
+            with reading(path):
+                caption = path.read_text(encoding='utf-8').split('\n')[0].strip()
             found.setdefault(caption, path.relative_to(root).parts[0])
     if not found:
         raise UsageError(f'there are no stamps in {root}', 'python -m bench.data fetch stamps')

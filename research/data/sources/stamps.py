@@ -18,6 +18,7 @@ import numpy as np
 
 from research.core.errors import UsageError, nearest
 from research.core.files import data_folder
+from research.data.bad_records import reading
 from research.data.source import ArraySource, DataSet, key_of
 from research.data.sources.image_folder import decode_image
 
@@ -71,11 +72,13 @@ def _find(root: pathlib.Path) -> list[Stamp]:
     texts = sorted(path for path in root.glob('**/*.txt') if path.with_suffix('.png').is_file())
     if not texts:
         raise UsageError(f'there are no stamps in {root}', 'python -m bench.data fetch stamps')
-    return [(path.with_suffix('.png'), _captions(path.read_text(encoding='utf-8'))) for path in texts]
+    return [(path.with_suffix('.png'), _captions(path)) for path in texts]
 
 
-def _captions(text: str) -> dict[str, str]:
+def _captions(path: pathlib.Path) -> dict[str, str]:
     """The captions by language: the first line is English, others are 'de.utf8=...'."""
+    with reading(path):
+        text = path.read_text(encoding='utf-8')
     translated = {language: caption.strip() for language, caption in TRANSLATION.findall(text)}
     return {language: caption for language, caption in translated.items() if caption} | {'en': text.split('\n')[0].strip()}
 

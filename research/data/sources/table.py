@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from research.core.errors import UsageError, nearest
+from research.data.bad_records import reading, reason_of
 from research.data.source import ArraySource, DataSet
 
 SPLITS = ('train', 'test', 'validation')
@@ -83,7 +84,9 @@ class Table:
     def __init__(self, file: pathlib.Path, as_text: Sequence[str] = ()):
         self.file, self._as_text = file, as_text
         self._table = _read(file, as_text)
-        self.names: list[str] = self._table.column_names
+        with reading(file):
+            self.names: list[str] = self._table.column_names
+            self._table.validate(full=True)  # of Parquet: text that is none, offsets that lead nowhere
         doubled = sorted({name for name in self.names if self.names.count(name) > 1})
         if doubled or not len(self._table):
             what = f'has the columns {", ".join(doubled)} twice' if doubled else 'has no rows'
@@ -118,7 +121,7 @@ class Table:
         if wrong:
             more = f' ... ({len(wrong)} columns in all)' if len(wrong) > 5 else ''
             raise UsageError(f'{self.file}: {"; ".join(wrong[:5])}{more}', fix)
-        read = [column.cast('float64').to_numpy().astype(np.float32) for column in columns]
+        read = [column.cast('float64', safe=False).to_numpy().astype(np.float32) for column in columns]
         return np.stack(read, axis=1) if read else np.zeros((len(self._table), 0), np.float32)  # (n, F)
 
     def target(self, name: str) -> np.ndarray:
@@ -194,7 +197,7 @@ def _read(file: pathlib.Path, as_text: Sequence[str]) -> Any:
         options = csv.ConvertOptions(column_types=dict.fromkeys(as_text, 'string'))
         return parquet.read_table(file) if file.suffix == '.parquet' else csv.read_csv(file, convert_options=options)
     except (ValueError, OSError) as error:  # pyarrow's own errors are ValueErrors and OSErrors
-        raise UsageError(f'{file} cannot be read: {error}', 'correct the table') from error
+        raise UsageError(f'{file} cannot be read: {reason_of(error)}', 'correct the table') from error
 
 
 def _is_text(column: Any) -> bool:
@@ -234,7 +237,7 @@ def _complaint_if_typed(column: Any) -> str | None:
     """Why a column cannot be a typed table's numbers; None if it can."""
     if _is_text(column) or not _is_number(column):
         return _complaint(column)
-    infinite = int(np.sum(np.abs(column.cast('float64').to_numpy()) > np.finfo(np.float32).max))
+    infinite = int(np.sum(np.abs(column.cast('float64', safe=False).to_numpy()) > np.finfo(np.float32).max))
     return f'is infinite, or too large for float32, in {infinite} of {len(column)} rows' if infinite else None
 
 

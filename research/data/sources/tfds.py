@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from research.core.errors import UsageError, nearest
-from research.data.bad_records import BadRecordError, filled, salvage
+from research.data.bad_records import DAMAGE, BadRecordError, filled, reading, reason_of, salvage
 from research.data.source import ArraySource, Block, DataSet, Source, key_of, shapes_of
 from research.data.sources import tfds_readers
 from research.data.sources.image_folder import bad_image, decode_image
@@ -83,7 +83,8 @@ class TfdsSource:
         self._folder, self._full_name = pathlib.Path(builder.data_path), builder.info.full_name
         self._fields = fields_of(builder, image_size)
         self.has_classes = _is_class(_label(builder))
-        shards = builder.info.splits[split].file_instructions
+        with reading(self._folder / 'dataset_info.json'):
+            shards = builder.info.splits[split].file_instructions
         self._shards = [(pathlib.Path(s.filename), s.skip, s.examples_in_shard) for s in shards]
         self._ends = np.cumsum([s.take for s in shards])
         self._lost: dict[int, str | None] = {}  # by shard that was looked at: why none of its records can be trusted
@@ -98,7 +99,7 @@ class TfdsSource:
             ) from error
 
     def __len__(self) -> int:
-        return len(self._records)
+        return int(self._ends[-1])
 
     def __getitem__(self, indices: np.ndarray) -> Block:
         records = self._read(indices)
@@ -157,8 +158,8 @@ class TfdsSource:
                 try:
                     self._records.__getitems__([index])
                 except _damage() as own:
-                    raise BadRecordError(*self._place(index), _first_line(own)) from own
-            raise BadRecordError(*self._place(wanted[0]), _first_line(error)) from error
+                    raise BadRecordError(*self._place(index), reason_of(own)) from own
+            raise BadRecordError(*self._place(wanted[0]), reason_of(error)) from error
 
     def _place(self, index: int) -> tuple[pathlib.Path, int]:
         """The shard of an example and its number there."""
@@ -309,7 +310,7 @@ def _problem(path: pathlib.Path, expected: int) -> str | None:
         count = reader.num_records()
         reader.close()
     except RuntimeError as error:
-        return _first_line(error)
+        return reason_of(error)
     return None if count == expected else f'the shard holds {count} records, not {expected}'
 
 
@@ -317,16 +318,13 @@ def _damage() -> tuple[type[Exception], ...]:
     """What array_record and TFDS raise on damaged records."""
     from google.protobuf.message import DecodeError
 
-    return RuntimeError, ValueError, LookupError, TypeError, OSError, DecodeError
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition('\n')[0] or type(error).__name__
+    return *DAMAGE, DecodeError
 
 
 def _builder(dataset: str, data_dir: str | None) -> Any:
     """The TFDS builder of a name; it reads no data and uses no network."""
     import tensorflow_datasets as tfds
+    from google.protobuf.json_format import ParseError
     from tensorflow_datasets.core import naming, registered
 
     try:
@@ -339,7 +337,8 @@ def _builder(dataset: str, data_dir: str | None) -> Any:
         word = dataset.partition('/')[0].partition(':')[0]
         known = nearest(word, tfds.list_builders(with_community_datasets=False))
         raise UsageError(f'TFDS has no data set {dataset!r}', known) from error
-    except (ValueError, AssertionError, ImportError) as error:  # no such config, no such version, needs a package
+    # No such config, no such version, needs a package, a damaged dataset_info.json.
+    except (ValueError, TypeError, LookupError, AssertionError, ImportError, ParseError) as error:
         reason = str(error).partition('\n')[0].rpartition('}": ')[2]
         raise UsageError(
             f'TFDS cannot open {dataset!r}: {reason}', "write 'name', 'name/config' or 'name/config:version'"

@@ -16,6 +16,7 @@ import numpy as np
 
 from research.core import files
 from research.core.errors import UsageError
+from research.data.bad_records import DAMAGE, reason_of
 from research.data.sequences import Windows
 from research.data.source import DataSet, Source, naming
 
@@ -63,8 +64,8 @@ def _map(file: pathlib.Path, dtype: str) -> np.ndarray:
     """The tokens of a file, (N,)."""
     try:
         tokens = np.load(file, mmap_mode='r', allow_pickle=False) if file.suffix == '.npy' else np.memmap(file, dtype, 'r')
-    except ValueError as error:
-        raise UsageError(f'{file} cannot be mapped: {error}', 'write it again') from error
+    except DAMAGE as error:
+        raise UsageError(f'{file} cannot be mapped: {reason_of(error)}', 'write it again') from error
     if tokens.ndim != 1 or tokens.dtype.kind not in 'ui':
         raise UsageError(f'{file} holds {tokens.dtype} of shape {tokens.shape}, not token ids', 'store them as uint16 (N,)')
     return tokens

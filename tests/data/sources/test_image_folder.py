@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from research.core.errors import UsageError
+from research.data.bad_records import BadRecordError
 from research.data.source import key_of
 from research.data.sources.image_folder import decode_image, image_folder
 
@@ -130,7 +131,7 @@ def test_unreadable_files_are_named(pets):
         (root / 'train' / 'dog' / 'c.png').write_bytes(content)
         source = image_folder(dir=str(root), image_size=8).splits['train']
         source[np.array([0, 1])]
-        with pytest.raises(UsageError, match=r'train/dog/c\.png cannot be decoded'):
+        with pytest.raises(BadRecordError, match=r'train/dog/c\.png, record 2: cannot be decoded'):
             source[np.arange(3)]
 
 
