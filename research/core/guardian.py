@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import IO, Any
 
-from research.core.errors import ExitCode, Interrupted
+from research.core.errors import ExitCode, Interrupted, exit_code
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 NOTHING_TO_LOSE = ('start', 'restore', 'compile')  # no step is done that is not on disk
@@ -44,6 +44,7 @@ LIMITS = {
 }
 START_GRACE_S = 3.0
 TICK_S = 0.25
+FOREVER_S = 1e8
 LAST_WORDS_S = 10.0
 SLACK_S = 3.0  # the timers of C come so much later than the guardian
 
@@ -89,17 +90,22 @@ class Guardian:
 
     def close(self) -> None:
         """Gives the signals back and ends the thread and its timers."""
+        self.let_go(self._wakeup if self._before else -1)  # first: a signal must not raise Interrupted in the middle of this
         self._close.set()
+        os.write(self._write, b'\0')  # wakes the thread: no signal has this number
         self._thread.join()
-        for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was set by C
-        if self._before:
-            signal.set_wakeup_fd(self._wakeup)
         faulthandler.cancel_dump_traceback_later()
         self._timer.cancel()
         os.close(self._read)
         os.close(self._write)
         self._close_stacks()
+
+    def let_go(self, wakeup: int = -1) -> None:
+        """Gives the signals back to those who had them, and the writing of their numbers to the descriptor `wakeup`."""
+        if self._before:
+            signal.set_wakeup_fd(wakeup)
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was set by C
 
     def enter(self, phase: str) -> None:
         """The main thread is in `phase` now."""
@@ -218,7 +224,7 @@ class Guardian:
     def _arm(self, deadline: float) -> None:
         """Sets the timers of C a little behind `deadline`."""
         self._armed = deadline
-        left = max(deadline - time.monotonic(), 0.0) + SLACK_S
+        left = min(max(deadline - time.monotonic(), 0.0), FOREVER_S) + SLACK_S  # C has no infinity
         faulthandler.dump_traceback_later(left, file=self._stacks, exit=not self._timer.exists)
         self._timer.arm(left + 1.0)
 
@@ -242,7 +248,7 @@ class Guardian:
                     task.run()
                 except Exception as error:  # noqa: BLE001 - there is nobody above this thread to catch it
                     if self._tasks is tasks:  # else what it belongs to was over first
-                        self.end(type(error).__name__, int(getattr(error, 'exit_code', 1)), str(error))
+                        self.end(type(error).__name__, exit_code(error), str(error))
 
 
 class _Task:
@@ -313,13 +319,25 @@ def watching(since: float | None = None) -> Iterator[Guardian]:
     if _current is not None:
         yield _current
         return
-    _current = Guardian(since)
-    _current.start()
+    mine = Guardian(since)
+    mine.start()
+    _current = mine
     try:
-        yield _current
+        yield mine
     finally:
-        _current.close()
+        mine.close()
         _current = None
+
+
+def _in_child() -> None:
+    """After a fork: Ctrl-C reaches the child too, and must not count as the parent's second signal."""
+    global _current
+    if _current is not None:
+        _current.let_go()
+        _current = None
+
+
+os.register_at_fork(after_in_child=_in_child)
 
 
 def beat() -> None:

@@ -180,11 +180,12 @@ def _train(run: Run, parts: build.Parts, checkpoints: Checkpoints, best: Checkpo
         return start.first_state(parts, run.experiment, checkpoints, until)[:2]
 
     kept = [checkpoints] if best is None else [checkpoints, best]
-    state = rollback.until_done(run, kept, restore, steps, state, run.earlier)
-    if watch.stopped is not None and int(state.step) < run.total_steps and run.stop is None:
-        run.directory.event('signal', name=watch.stopped, step=int(state.step))
-        raise StoppedError(f'stopped by {watch.stopped} at step {int(state.step)}', 'the same command goes on from there')
-    return _finish(run, state, parts, best, step)
+    with run.clock.phase('train'):  # up to the end: between the steps and the last save there is much to lose
+        state = rollback.until_done(run, kept, restore, steps, state, run.earlier)
+        if watch.stopped is not None and int(state.step) < run.total_steps and run.stop is None:
+            run.directory.event('signal', name=watch.stopped, step=int(state.step))
+            raise StoppedError(f'stopped by {watch.stopped} at step {int(state.step)}', 'the same command goes on from there')
+        return _finish(run, state, parts, best, step)
 
 
 def _steps(run: Run, step: Step, state: TrainState, hooks: list[Hook]) -> TrainState:

@@ -251,7 +251,7 @@ time.sleep(20)
     assert "in phase 'train'" in found.err
 
 
-@pytest.mark.parametrize(('error', 'code'), [("StorageError('gone', 'look')", 74), ("RuntimeError('gone')", 1)])
+@pytest.mark.parametrize(('error', 'code'), [("StorageError('gone', 'look')", 74), ("OSError('gone')", 74), ("RuntimeError('gone')", 1)])
 def test_a_task_that_raises_ends_the_process_by_its_code(tmp_path, error, code):
     body = f"""
 watch.enter('train')
@@ -332,6 +332,87 @@ atexit.register(check)
     found = child(tmp_path, "watch.limits['start'] = 0.5\nwatch.enter('start')\ntime.sleep(0.2)", setup=code)
     assert found.code == 0, found.err
     assert found.out == 'mine\ndone\n'
+
+
+def test_closing_does_not_wait_for_the_next_look(tmp_path, monkeypatch):
+    monkeypatch.setattr(guardian, 'TICK_S', 5.0)
+    started = time.monotonic()
+    with guardian.watching():
+        time.sleep(0.1)
+    assert time.monotonic() - started < 1.0
+
+
+def test_a_signal_while_it_closes_is_no_interruption(tmp_path):
+    """The handlers of before are back first: the exception of ours would leave half of them behind."""
+    setup = """
+heard = []
+signal.signal(signal.SIGTERM, lambda *_: heard.append('mine'))
+def closed():
+    say(*heard, signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL, threading.active_count())
+import atexit
+atexit.register(closed)
+"""
+    body = """
+watch.enter('compile')
+join = watch._thread.join
+def signalled():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.1)
+    join()
+watch._thread.join = signalled
+"""
+    found = child(tmp_path, body, setup=setup)
+    assert found.code == 0, found.err
+    assert found.out == 'mine True 1\n'
+
+
+def test_no_bound_is_a_bound(tmp_path):
+    body = """
+watch.limits['train'] = float('inf')
+watch.enter('train')
+time.sleep(0.4)
+watch.enter('evaluate')
+watch.enter('train')
+time.sleep(0.4)
+say('ready', watch._thread.is_alive())
+while watch.stopped is None:
+    time.sleep(0.01)
+"""
+    found = child(tmp_path, body, 'SIGTERM')
+    assert found.code == 0, found.err
+    assert 'ready True' in found.out
+
+
+def test_a_forked_child_has_its_signals_for_itself(tmp_path):
+    """Ctrl-C goes to both; what the child hears must not count as the parent's second signal."""
+    body = """
+watch.enter('train')
+child = os.fork()
+if child == 0:
+    say('default', signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, guardian._current)
+    time.sleep(20)
+    os._exit(0)
+time.sleep(0.3)
+os.kill(child, signal.SIGTERM)
+os.kill(os.getpid(), signal.SIGTERM)
+_, status = os.waitpid(child, 0)
+time.sleep(0.3)
+say('alive', watch.stopped, watch._signals, os.WTERMSIG(status))
+"""
+    found = child(tmp_path, body)
+    assert found.code == 0, found.err
+    assert 'default True None\n' in found.out
+    assert 'alive SIGTERM 1 15\n' in found.out
+
+
+def test_a_guardian_that_cannot_start_is_not_the_current_one(monkeypatch):
+    def refuse():
+        raise OSError(24, 'Too many open files')
+
+    monkeypatch.setattr(guardian.os, 'pipe', refuse)
+    with pytest.raises(OSError, match='Too many'), guardian.watching():
+        pass
+    assert guardian._current is None
 
 
 def test_a_handler_of_c_is_given_back_as_the_default():
