@@ -66,6 +66,7 @@ class Guardian:
         self.alone, self.grace = True, 25.0
         self.limits = dict(LIMITS)
         self.phase = 'start'
+        self._has_begun = False  # steps are taken
         self.on_stop: Callable[[str], None] | None = None
         self.last_words: Callable[[str, int], None] | None = None
         self._beat = time.monotonic()
@@ -111,6 +112,7 @@ class Guardian:
         """The main thread is in `phase` now."""
         now = time.monotonic()
         self._beat = now
+        self._has_begun |= phase == 'train'
         self.phase = phase  # in this order: a new, shorter bound must not meet the old beat in the guardian's thread
         if now + self._limit() < self._armed - TICK_S:  # else the guardian has the time to do it, and steps stay cheap
             self._arm(now + self._limit())
@@ -151,7 +153,7 @@ class Guardian:
         """In the main thread, as soon as it runs Python again."""
         del frame
         self._first(signal.Signals(number).name)
-        if self.alone and self.phase in (*NOTHING_TO_LOSE, *LEAVE_AT_ONCE):
+        if self.alone and (self._can_leave() or self.phase in LEAVE_AT_ONCE):
             raise Interrupted(signal.Signals(number).name)
 
     def request(self, name: str) -> None:
@@ -192,7 +194,7 @@ class Guardian:
         if self._stopped_at is None:
             return
         waited = time.monotonic() - self._stopped_at
-        if self.phase in NOTHING_TO_LOSE and waited > START_GRACE_S:
+        if self._can_leave() and waited > START_GRACE_S:
             self.end(
                 'StoppedError',
                 ExitCode.STOPPED,
@@ -217,6 +219,10 @@ class Guardian:
             )
         if abs(beat + limit - self._armed) > TICK_S:
             self._arm(beat + limit)
+
+    def _can_leave(self) -> bool:
+        """Whether there is nothing to lose: once steps were taken, the way out (a last save) is left to the main thread."""
+        return self.phase in NOTHING_TO_LOSE and not self._has_begun
 
     def _limit(self) -> float:
         return self.limits.get(self.phase, max(self.limits.values()))

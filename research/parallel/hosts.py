@@ -38,7 +38,7 @@ from research.core.guardian import Guardian
 
 POLL_S = 0.1
 BEAT_S = 1.0
-LOST_S = 8.0
+LOST_S = 6.0
 HEARTBEAT_S = 10  # jax' own; its default of 100 s lets survivors wait that long
 LEAVE_S = 4.0
 SHARED = (StoppedError, NumericalError)  # raised by all processes at the same step
@@ -260,6 +260,12 @@ class _Life:
                 _client().key_value_set(f'{ROOM}/lost/{i}', f'process {i}', allow_overwrite=True)
                 return f'process {i}'
         return next((name for _, name in _client().key_value_dir_get(f'{ROOM}/lost/')), None)
+
+
+def leave() -> None:
+    """Tells the others that this process goes, alone: they need not wait for its signs of life."""
+    if not is_alone():
+        _client().key_value_set(f'{ROOM}/lost/{index()}', f'process {index()}', allow_overwrite=True)
 
 
 def end_for_loss(watch: Guardian, who: str) -> None:

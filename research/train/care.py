@@ -27,7 +27,12 @@ def watched(
     directory.is_silent = not hosts.is_main()
     own = directory.lock.held(say) if hosts.is_main() else contextlib.nullcontext()
     with own, _recorded(directory, clock), _bounded(experiment, directory, watch), Votes(watch) as votes, hosts.together(watch):
-        watch.last_words = lambda status, code: directory.event('exit', status=status, code=code, seconds=clock.own())
+
+        def last_words(status: str, code: int) -> None:
+            directory.event('exit', status=status, code=code, seconds=clock.own())
+            hosts.leave()
+
+        watch.last_words = last_words
         watch.on_stop = lambda name: votes.request('stop')
         if watch.stopped is not None:
             votes.request('stop')

@@ -155,13 +155,15 @@ def test_a_flipped_byte_of_a_shard_names_shard_and_record(prepared, in_memory):
 
 @pytest.mark.parametrize('size', [0, 100, 2**16, 2**16 + 3000, -1])
 def test_a_truncated_shard_is_lost_whole_and_the_other_is_not(prepared, size):
-    """At 64 KiB array_record itself sees nothing wrong, and gives records of nothing."""
+    """At 64 KiB array_record itself sees nothing wrong, and gives records of no bytes."""
     first, _ = shards(prepared)
     first.write_bytes(first.read_bytes()[:size])
     source = tfds(dataset='torn', data_dir=str(prepared), in_memory=False).splits['train']
     with pytest.raises(BadRecordError) as caught:
         source[np.array([N - 1, 2])]
     assert (caught.value.shard, caught.value.record) == (str(first), 2)
+    if size == 2**16:
+        assert caught.value.reason == f'the shard holds 0 records, not {N // 2}'
     skipping = Skipping(source, 'train', BadRecords(share=0.5))
     np.testing.assert_array_equal(everything(skipping)['bad'], np.arange(N) < N // 2)
     assert skipping.records.count == N // 2
@@ -183,9 +185,11 @@ def test_labels_of_a_torn_shard(prepared):
     source = tfds(dataset='torn', data_dir=str(prepared), in_memory=False).splits['train']
     whole = source.labels()
     kept = next(prepared.rglob('fulcrum-labels-train.npy'))
-    kept.write_bytes(kept.read_bytes()[:-30])  # what an earlier run left is damaged itself: it is read anew
-    fresh = tfds(dataset='torn', data_dir=str(prepared), in_memory=False).splits['train']
-    np.testing.assert_array_equal(fresh.labels(), whole)
+    np.save(prepared / 'short.npy', whole[:5])
+    for content in (kept.read_bytes()[:-30], (prepared / 'short.npy').read_bytes()):
+        kept.write_bytes(content)  # what an earlier run left is damaged itself: it is read anew
+        fresh = tfds(dataset='torn', data_dir=str(prepared), in_memory=False).splits['train']
+        np.testing.assert_array_equal(fresh.labels(), whole)
     kept.unlink()
     flip(shards(prepared)[0], 2000)
     torn = tfds(dataset='torn', data_dir=str(prepared), in_memory=False).splits['train']
