@@ -21,7 +21,11 @@ MISTAKES = {
     'stray word': ([DIGITS, 'train'], "unexpected argument 'train'", 'flags are --NAME=VALUE: '),
     'misspelt flag': (['--confg=configs/digits_cnn.py'], "Unknown command line flag 'confg'", "did you mean 'config'?"),
     'misspelt workdir': ([DIGITS, '--wokdir=x'], "Unknown command line flag 'wokdir'", "did you mean 'workdir'?"),
-    'unknown mode': ([DIGITS, '--mode=trian'], 'flag --mode=trian', '--mode is one of train, evaluate, export, verify, replay, report, show, doctor'),
+    'unknown mode': (
+        [DIGITS, '--mode=trian'],
+        'flag --mode=trian',
+        '--mode is one of train, evaluate, export, verify, replay, report, show, doctor',
+    ),
     'missing config file': (
         ['--config=configs/digits_cn.py'],
         "there is no config file 'configs/digits_cn.py'",

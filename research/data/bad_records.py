@@ -225,9 +225,10 @@ def spec_of(source: Source) -> Shapes:
     Raises:
       BadRecordError: none of the first `TRIES` can.
     """
+    last: BadRecordError | None = None
     for index in range(min(len(source), TRIES)):
         try:
             return shapes_of(source[np.array([index])])
         except BadRecordError as error:
             last = error
-    raise last
+    raise last or ValueError('a source without records has no shapes')

@@ -92,7 +92,8 @@ def _prepare(
     """Everything before the first array: data, task, facts, abstract state, run.json."""
     if (warning := cache.enable()) is not None:
         reporter.say(warning)
-    splits, spec = build_splits(experiment.data)
+    bad_records = start.bad_records(experiment, directory)
+    splits, spec = build_splits(experiment.data, bad_records)
     data_fingerprint = fingerprint(splits['train'])
     start.check_fingerprint(directory, data_fingerprint, allow_change)
     task = build.make_task(experiment, spec)

@@ -21,6 +21,7 @@ from research.core.errors import UsageError
 from research.core.leaves import Rules
 from research.core.redact import redact
 from research.core.schema import Experiment
+from research.data.bad_records import BadRecords
 from research.parallel import hosts
 from research.train import partial
 from research.train.build import Parts
@@ -34,6 +35,13 @@ FIX = (
     'the usual causes are another model, size, vocabulary or number of classes; to load a part, for example '
     "config.init_rules=(('head/.*', False), ('.*', True))"
 )
+
+
+def bad_records(experiment: Experiment, directory: RunDirectory) -> BadRecords | None:
+    """Where the records that cannot be read are counted; None where the first one stops the run."""
+    if experiment.data.on_bad_record == 'stop':
+        return None
+    return BadRecords(directory.bad_records if hosts.is_main() else None, experiment.data.max_bad_share)
 
 
 def check_fingerprint(directory: RunDirectory, fingerprint: str, allow_change: bool) -> None:

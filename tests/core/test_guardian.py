@@ -242,6 +242,7 @@ for _ in range(8):
 watch.enter('compile')
 time.sleep(0.8)
 watch.enter('train')
+time.sleep(0.2)
 say('alive')
 time.sleep(20)
 """

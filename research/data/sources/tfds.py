@@ -304,7 +304,7 @@ def _kept_labels(path: pathlib.Path) -> np.ndarray | None:
 
 def _problem(path: pathlib.Path, expected: int) -> str | None:
     """Why a shard cannot hold the `expected` records; None if it may, or if reading it says so by itself."""
-    from array_record.python import array_record_module
+    from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue] - built from C++
 
     try:
         reader = array_record_module.ArrayRecordReader(str(path), options='readahead_buffer_size:0')
