@@ -92,7 +92,6 @@ def train(experiment: schema.Experiment, workdir: pathlib.Path, overrides: list[
     from research.train import loop
 
     loop.train(experiment, workdir, overrides, FLAGS.allow_config_change)
-    print(f'summary: {workdir / "summary.json"}')
 
 
 def main(argv: list[str]) -> int:

@@ -85,6 +85,7 @@ class Course:
                 process.kill()
                 process.wait()
                 reader.join()
+                process.stdout.close()  # type: ignore[union-attr] - it is a pipe
         ended = [t or time.time() for t in ended]
         life = Life(
             [process.returncode for process in running], [''.join(text) for text in told], ended, time.monotonic() - start

@@ -32,12 +32,12 @@ FORMS = [  # each with what stays before it; every repeat is bounded or cannot s
     # headers, and commands
     r'(?i)(\bauthorization["\']?[ \t]*[:=,][ \t]*["\']?)\w[^"\'\n\\]*',
     r'(?i)(\bcookie: *)\w[^"\'\n]*',
-    r'(?i)(\b(?:bearer|basic)[ \t]+)(?=\S*\d)[\w.~+/=-]{12,}',
+    r'(?i)(\b(?:bearer|basic)[ \t]+)(?=\S{0,99}\d)[\w.~+/=-]{12,}',
     r'(\s(?:-u|--user)[ =][\w.@-]+:)(?!\d+\b)[^\s"\']+',
     r'(\blogin\s+\S+\s+password\s+)\S+',
     # tokens: GitHub, Hugging Face, npm, Replicate, Databricks; GitLab, OpenAI, Anthropic, W&B, PyPI, Docker, Stripe, Google
-    r'()\b(?:gh[pousr]_|hf_|npm_|r8_|dapi)(?=\S*\d)[A-Za-z0-9]{20,}',
-    r'()\b(?:github_pat_|glpat-|sk-|wandb_v1_|pypi-|dckr_pat_|sk_live_|AIza|ya29\.|GOCSPX-|hvs\.|SG\.|xox[a-z]-)(?=\S*\d)[\w.-]{20,}',
+    r'()\b(?:gh[pousr]_|hf_|npm_|r8_|dapi)(?=\S{0,99}\d)[A-Za-z0-9]{20,}',
+    r'()\b(?:github_pat_|glpat-|sk-|wandb_v1_|pypi-|dckr_pat_|sk_live_|AIza|ya29\.|GOCSPX-|hvs\.|SG\.|xox[a-z]-)(?=\S{0,99}\d)[\w.-]{20,}',
     r'()\bA[KS]IA[A-Z0-9]{16}\b',  # Amazon
     r'()\beyJ[\w-]{10,}\.[\w-]{10,}[\w.-]*',  # a JSON web token
 ]

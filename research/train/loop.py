@@ -119,6 +119,7 @@ def _prepare(
         rate,
         record,
         spec.tokenizer,
+        bad_records,
     )
     _introduce(run, task, parts)
     return run, parts
@@ -234,6 +235,7 @@ def _finish(run: Run, state: TrainState, parts: build.Parts, best: Checkpoints |
         'best': best_results,
         'skipped_steps': int(state.extra['skips']['total']) if 'skips' in state.extra else None,
         'rollbacks': len(run.windows),
+        'bad_records': None if run.bad_records is None else run.bad_records.count,
         'audit': {'steps': audit.steps, 'differences': audit.differences} if audit.every else None,
         'budget': run.spent(step),
         'goodput': (spent := care.so_far(run.directory, run.clock)).goodput,
@@ -241,6 +243,7 @@ def _finish(run: Run, state: TrainState, parts: build.Parts, best: Checkpoints |
     if hosts.is_main():
         files.write_json(run.directory.summary, summary)
     run.reporter.say(spent.one_line())
+    run.reporter.say(f'summary: {run.directory.summary}')
     run.reporter.phase('done')
     return summary
 

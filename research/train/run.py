@@ -12,6 +12,7 @@ from research.core.clock import Clock
 from research.core.durations import Duration, Facts
 from research.core.redact import redact
 from research.core.schema import Experiment
+from research.data.bad_records import BadRecords
 from research.data.pipeline import Feed
 from research.data.plan import unique_examples
 from research.data.source import Source, Tokenizer
@@ -32,6 +33,7 @@ class Run:
       evaluate: variables and split name -> results.
       record: what run.json will say.
       tokenizer: what made the token ids; it is kept in the run directory; None for data that are no text.
+      bad_records: what could not be read; None where the first such record stops the run.
       earlier: what the checkpoint that the run goes on from says: seconds by phase, device-seconds, the open log record.
       results: the newest results of each split and their step.
       windows: the batches that are left out, see `rollback.py`.
@@ -52,6 +54,7 @@ class Run:
     learning_rate: Callable[[Any], Any]
     record: dict[str, Any]
     tokenizer: Tokenizer | None = None
+    bad_records: BadRecords | None = None
     earlier: dict[str, Any] = dataclasses.field(default_factory=dict)
     results: dict[str, tuple[int, dict[str, Any]]] = dataclasses.field(default_factory=dict)
     windows: list[dict[str, Any]] = dataclasses.field(default_factory=list)

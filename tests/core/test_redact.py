@@ -292,6 +292,15 @@ def test_the_code_of_this_repository_as_a_difference_stays_as_it_is():
         PEM[:40],
         'eyJabcdefghijk.',
         'aA1/',
+        'sk-',
+        'bearer ',
+        'basic a',
+        'authorization:',
+        'login a password ',
+        '&a-sig',
+        ' -u a',
+        '--token ',
+        '[redacted]',
     ],
 )
 def test_the_time_is_linear(piece):

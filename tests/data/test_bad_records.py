@@ -630,3 +630,12 @@ def test_the_settings():
     config.data.on_bad_record = 'skip'
     changes = schema.differences(schema.resolve(schema.default_config()), schema.resolve(config))
     assert [(change.path, change.resumable) for change in changes] == [('data.on_bad_record', True)]
+
+
+def test_text_of_a_parquet_file_that_is_none_is_refused(tmp_path):
+    path, read = make_parquet(tmp_path)
+    content = path.read_bytes()
+    assert b'west' in content
+    path.write_bytes(content.replace(b'west', b'w\xffst'))
+    with pytest.raises(UsageError, match=r'a\.parquet (is damaged|cannot be read): '):
+        read()

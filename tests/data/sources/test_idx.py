@@ -19,7 +19,7 @@ def encode(array):
 
 def write(path, array, packed=True):
     data = encode(array)
-    (path.with_name(path.name + '.gz') if packed else path).write_bytes(gzip.compress(data) if packed else data)
+    (path.with_name(path.name + '.gz') if packed else path).write_bytes(gzip.compress(data, mtime=0) if packed else data)
 
 
 @pytest.fixture
@@ -106,8 +106,8 @@ WHOLE = encode(np.zeros((3, 2), np.uint8))
         (WHOLE[:-1], r'announces \(3, 2\), 6 bytes of values, but holds 5'),
         (WHOLE + b'x', 'but holds 7'),
         (b'\0\0\x08\x03' + b'\xff' * 12, 'of values, but holds 0'),
-        (gzip.compress(WHOLE)[:-4], 'is damaged'),
-        (gzip.compress(WHOLE)[:12] + b'\xff\xff' + gzip.compress(WHOLE)[14:], 'is damaged'),
+        (gzip.compress(WHOLE, mtime=0)[:-4], 'is damaged'),
+        (gzip.compress(WHOLE, mtime=0)[:12] + b'\xff\xff' + gzip.compress(WHOLE, mtime=0)[14:], 'is damaged'),
     ],
 )
 def test_damaged_files_are_named(tmp_path, data, message):
