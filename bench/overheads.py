@@ -3,8 +3,8 @@
     taskset -c 0 python -m bench.overheads
 
 A step: the compiled step without the guard of non-finite numbers, the same again (A/A), with the guard, and with the guard and
-what the loop does around each step for the watchdog (phases of the clock, a vote). In blocks of `STEPS` steps, in an order drawn
-anew in each of `ROUNDS` rounds; ratios above 1 are slower than the bare step. A save: the seconds from the call to a complete
+what the loop does around each step for the watchdog (phases of the clock, a vote). In blocks of `STEPS` steps, in an order new
+in each of `ROUNDS` rounds; ratios above 1 are slower than the bare step. A save: the seconds from the call to a complete
 checkpoint with all that proves it, and the seconds of the fingerprints and of the manifest alone.
 """
 

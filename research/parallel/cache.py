@@ -75,7 +75,7 @@ def enable() -> str | None:
     path = folder()
     reason = problem(path)
     if reason:
-        if jax.config.read('jax_compilation_cache_dir') == str(path):  # JAX_COMPILATION_CACHE_DIR names the same folder
+        if jax.config.values['jax_compilation_cache_dir'] == str(path):  # JAX_COMPILATION_CACHE_DIR names the same folder
             jax.config.update('jax_compilation_cache_dir', None)
         return f'no compilation cache: {reason}'
     jax.config.update('jax_compilation_cache_dir', str(path))

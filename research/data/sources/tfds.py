@@ -10,6 +10,7 @@ Shape letters: n examples, B examples of a block, H height, W width, C channels.
 
 import contextlib
 import functools
+import importlib
 import io
 import os
 import pathlib
@@ -318,15 +319,17 @@ def _problem(path: pathlib.Path, expected: int) -> str | None:
 
 def _damage() -> tuple[type[Exception], ...]:
     """What array_record and TFDS raise on damaged records."""
-    from google.protobuf.message import DecodeError
+    return *DAMAGE, _protobuf('message').DecodeError
 
-    return *DAMAGE, DecodeError
+
+def _protobuf(module: str) -> Any:
+    """A module of protobuf, which TFDS brings; `google` is a name that many packages share."""
+    return importlib.import_module(f'google.protobuf.{module}')
 
 
 def _builder(dataset: str, data_dir: str | None) -> Any:
     """The TFDS builder of a name; it reads no data and uses no network."""
     import tensorflow_datasets as tfds
-    from google.protobuf.json_format import ParseError
     from tensorflow_datasets.core import naming, registered
 
     try:
@@ -340,7 +343,7 @@ def _builder(dataset: str, data_dir: str | None) -> Any:
         known = nearest(word, tfds.list_builders(with_community_datasets=False))
         raise UsageError(f'TFDS has no data set {dataset!r}', known) from error
     # No such config, no such version, needs a package, a damaged dataset_info.json.
-    except (ValueError, TypeError, LookupError, AssertionError, ImportError, ParseError) as error:
+    except (ValueError, TypeError, LookupError, AssertionError, ImportError, _protobuf('json_format').ParseError) as error:
         reason = str(error).partition('\n')[0].rpartition('}": ')[2]
         raise UsageError(
             f'TFDS cannot open {dataset!r}: {reason}', "write 'name', 'name/config' or 'name/config:version'"
