@@ -5,10 +5,12 @@ compare fingerprints: `checkpoint.py` does.
 """
 
 import contextlib
+import gc
 import logging
 import pathlib
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -72,8 +74,7 @@ def structure(path: pathlib.Path) -> Any:
     Raises:
       CorruptError: see `restore`.
     """
-    with QUIET, ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader, _corrupt():
-        return reader.metadata(path.absolute()).item_metadata.tree
+    return _attempt(lambda reader: reader.metadata(path.absolute()).item_metadata.tree)
 
 
 def read(path: pathlib.Path, tree: Any) -> Any:
@@ -87,22 +88,31 @@ def read(path: pathlib.Path, tree: Any) -> Any:
 
 
 def _read(path: pathlib.Path, arguments: Any) -> Any:
-    with QUIET, ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader, _corrupt():
-        return reader.restore(path.absolute(), args=arguments)
+    return _attempt(lambda reader: reader.restore(path.absolute(), args=arguments))
 
 
-@contextlib.contextmanager
-def _corrupt() -> Iterator[None]:
-    """Calls what Orbax raises corrupt, unless the machine is to blame."""
-    try:
-        yield
-    except ENVIRONMENT:
-        raise
-    except Exception as error:
-        reason = ' '.join(str(error).split())[:160] or type(error).__name__
-        if any(word in str(error) for word in TRANSIENT):
+def _attempt(action: Callable[[Any], Any]) -> Any:
+    """What an action of Orbax gives; what it raises is called corrupt, unless the machine is to blame."""
+    with QUIET, ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        try:
+            return action(reader)
+        except ENVIRONMENT:
             raise
-        raise CorruptError(f'its arrays cannot be read ({reason})') from error
+        except Exception as error:
+            if any(word in str(error) for word in TRANSIENT):
+                raise
+            reason = ' '.join(str(error).split())[:160] or type(error).__name__
+    _collect()
+    raise CorruptError(f'its arrays cannot be read ({reason})')
+
+
+def _collect() -> None:
+    """Drops the reads that Orbax left under way when one failed; Python would print each of them, at some later time."""
+    before, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
+    try:
+        gc.collect()
+    finally:
+        sys.unraisablehook = before
 
 
 class _Quiet:
