@@ -33,7 +33,7 @@ from research.train import build, manifest
 from research.train.checkpoint import Checkpoints
 from research.train.fingerprint import Fingerprints
 
-STEPS, ROUNDS, SAVES = 20, 30, 15
+STEPS, ROUNDS, SAVES = 10, 20, 15
 CASES = {
     'digits_cnn': ('configs/digits_cnn.py', []),
     'wide mlp': ('configs/digits_cnn.py', ['model=mlp(hidden=(2048,2048))']),
