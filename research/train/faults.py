@@ -123,7 +123,7 @@ def _install_batches(faults: list[tuple[str, int, int]]) -> None:
     def faulty(source: Any, plan: Any, sharding: Any, placement: str) -> Callable[[int], Any]:
         feed = make_feed(source, plan, sharding, placement)
         history = plan.history if isinstance(plan, rollback.Shifted) else []
-        if not hasattr(plan, 'seed') and not history and not isinstance(plan, rollback.Shifted):
+        if not (hasattr(plan, 'seed') or isinstance(plan, rollback.Shifted)):
             return feed  # an evaluation
 
         def faulty_feed(step: int) -> Any:
