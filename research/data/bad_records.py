@@ -96,7 +96,8 @@ class BadRecords:
         self._lock = threading.Lock()  # the prefetching thread and evaluation read at the same time
         if path is not None and path.is_file():
             for entry in filter(None, map(files.parse_line, path.read_bytes().splitlines(keepends=True))):
-                self._found.setdefault(entry['split'], set()).add((entry['shard'], entry['record']))
+                if {'split', 'shard', 'record'} <= entry.keys():
+                    self._found.setdefault(entry['split'], set()).add((entry['shard'], entry['record']))
 
     @property
     def count(self) -> int:

@@ -15,6 +15,7 @@ from research.data import augment, source, splits
 from research.data.augment import Augmentation
 from research.data.bad_records import BadRecords, Skipping
 from research.data.mixture import Mixture, map_source
+from research.data.plan import has_own_plan
 from research.data.source import DataSet, DataSpec, Source
 
 BLOCK = 1024  # examples that are read at once
@@ -48,10 +49,22 @@ def build_splits(data: schema.Data, bad_records: BadRecords | None = None) -> tu
 
 
 def skipping(raw: DataSet, bad_records: BadRecords) -> DataSet:
-    """The data set with bad records skipped, in a mixture those of each part."""
+    """The data set with bad records skipped, in a mixture those of each part.
+
+    Raises:
+      UsageError: a source has a plan of its own.
+    """
+
+    def skipped(split: str, part: Source, total: int) -> Source:
+        if has_own_plan(part):
+            raise UsageError(
+                f'the source of split {split!r} says the order of training itself, which skipping bad records would undo',
+                "set config.data.on_bad_record='stop'",
+            )
+        return Skipping(part, split, bad_records, total)
 
     def wrapped(split: str, source: Source) -> Source:
-        return map_source(lambda part: Skipping(part, split, bad_records, len(source)), source)
+        return map_source(lambda part: skipped(split, part, len(source)), source)
 
     return dataclasses.replace(raw, splits={split: wrapped(split, source) for split, source in raw.splits.items()})
 

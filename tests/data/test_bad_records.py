@@ -639,3 +639,20 @@ def test_text_of_a_parquet_file_that_is_none_is_refused(tmp_path):
     path.write_bytes(content.replace(b'west', b'w\xffst'))
     with pytest.raises(UsageError, match=r'a\.parquet (is damaged|cannot be read): '):
         read()
+
+
+def test_lines_of_the_record_that_say_nothing_are_passed_over(tmp_path):
+    path = tmp_path / 'bad_records.jsonl'
+    path.write_text('{"other": 1}\n{"split": "train", "shard": "a", "record": 3}\n')
+    assert BadRecords(path).count == 1
+
+
+def test_a_source_with_an_order_of_its_own_is_not_wrapped():
+    class Ordered:
+        def plan(self, batch_size, seed): ...
+
+        def __len__(self):
+            return 4
+
+    with pytest.raises(UsageError, match='says the order of training itself'):
+        skipping(DataSet({'train': Ordered()}), BadRecords())
