@@ -655,4 +655,4 @@ def test_a_source_with_an_order_of_its_own_is_not_wrapped():
             return 4
 
     with pytest.raises(UsageError, match='says the order of training itself'):
-        skipping(DataSet({'train': Ordered()}), BadRecords())
+        skipping(DataSet(name='ordered', splits={'train': Ordered()}), BadRecords())
