@@ -137,7 +137,8 @@ class Guardian:
 
     def end(self, status: str, code: int, message: str) -> None:
         """Ends the process without the main thread, which may be stuck: last words, then `_exit`."""
-        self._timer.arm(LAST_WORDS_S)  # they may need what the main thread holds, or a disk or a reader that has gone away
+        self._timer.cancel()
+        Timer(code).arm(LAST_WORDS_S)  # they may need what the main thread holds, or a disk or a reader that has gone away
         with contextlib.suppress(Exception):
             if sys.stdout.isatty():
                 sys.stdout.write('\x1b[?25h')  # the progress bar hid the cursor
@@ -273,14 +274,14 @@ def _tell(text: str) -> None:
 
 
 class Timer:
-    """A POSIX timer that calls `_exit(124)` in a thread of C: it needs no Python, so a held lock cannot stop it."""
+    """A POSIX timer that calls `_exit(code)` in a thread of C: it needs no Python, so a held lock cannot stop it."""
 
-    def __init__(self) -> None:
+    def __init__(self, code: int = ExitCode.WATCHDOG) -> None:
         libc = ctypes.CDLL(None, use_errno=True)
         self.exists = all(hasattr(libc, name) for name in ('timer_create', 'timer_settime', '_exit'))
         if not self.exists:
             return
-        event = _Event(value=int(ExitCode.WATCHDOG), notify=2, function=ctypes.cast(libc._exit, ctypes.c_void_p).value)
+        event = _Event(value=int(code), notify=2, function=ctypes.cast(libc._exit, ctypes.c_void_p).value)
         self._libc, self._id = libc, ctypes.c_void_p()
         self.exists = libc.timer_create(time.CLOCK_MONOTONIC, ctypes.byref(event), ctypes.byref(self._id)) == 0
 

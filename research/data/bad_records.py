@@ -9,7 +9,7 @@ Shape letters: n records of a source, B indices of one block.
 A batch keeps its size and its order, so nothing moves: a step's batch is a function of the step and of the files alone, and a
 resumed run sees the same one. Which records were bad is written down (`BadRecords`), so it counts the same too.
 
-Text that is packed or cut into windows is read before there are rows: a bad document is an empty one there, and no row is
+Text that is packed or cut into windows is read before there are rows: a bad document gives no tokens there, and no row is
 masked for it. A bad record keeps its place in its split, in a data budget and in every count of examples.
 """
 
@@ -87,15 +87,17 @@ class BadRecords:
     Args:
       path: read if it is there, so that a resumed run goes on counting; new records are appended.
       share: of the records of a split that may be bad.
+      process: each process of a run writes what it has read itself, and begins with what any of them knows.
     """
 
-    def __init__(self, path: pathlib.Path | None = None, share: float = 0.01):
+    def __init__(self, path: pathlib.Path | None = None, share: float = 0.01, process: int = 0):
         self.share = share
-        self._journal = None if path is None else Journal(path)
+        own = path if path is None or not process else path.with_suffix(f'.{process}{path.suffix}')
+        self._journal = None if own is None else Journal(own)
         self._found: dict[str, set[tuple[str, int]]] = {}  # by split
         self._lock = threading.Lock()  # the prefetching thread and evaluation read at the same time
-        if path is not None and path.is_file():
-            for entry in filter(None, map(files.parse_line, path.read_bytes().splitlines(keepends=True))):
+        for file in [] if path is None else sorted(path.parent.glob(f'{path.stem}*{path.suffix}')):
+            for entry in filter(None, map(files.parse_line, file.read_bytes().splitlines(keepends=True))):
                 if {'split', 'shard', 'record'} <= entry.keys():
                     self._found.setdefault(entry['split'], set()).add((entry['shard'], entry['record']))
 

@@ -71,9 +71,14 @@ def skipping(raw: DataSet, bad_records: BadRecords) -> DataSet:
 
 def check_loaded(raw: DataSet) -> None:
     """Raises the first error of a source that has read all its records at the start; others raise it when they come to it."""
-    for split in raw.splits.values():
-        for error in getattr(split, 'errors', {}).values():
+
+    def checked(part: Source) -> Source:
+        for error in getattr(part, 'errors', {}).values():
             raise error
+        return part
+
+    for split in raw.splits.values():
+        map_source(checked, split)
 
 
 def describe(dataset: DataSet) -> DataSpec:

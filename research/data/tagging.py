@@ -16,6 +16,7 @@ from collections.abc import Callable
 import numpy as np
 
 from research.core.errors import UsageError, nearest
+from research.data.bad_records import BAD
 from research.data.mixture import map_source
 from research.data.source import Block, DataSet, Source, Tokenizer
 from research.data.token_table import TokenTable, padding, tokenizer_of
@@ -89,26 +90,31 @@ class TagRows:
 
 
 def tokenise_words(source: Source, tokenizer: Tokenizer, words: str, tags: str) -> tuple[TokenTable, TokenTable]:
-    """The tokens of all sentences and, place by place, their tags: -1 for a token that is not the first of its word."""
+    """The tokens of all sentences and, place by place, their tags: -1 for a token that is not the first of its word.
+
+    A bad record has no words.
+    """
     tokens, placed, lengths = [], [], [np.zeros(1, np.int64)]
     for start in range(0, len(source), READ):
         block = source[np.arange(start, min(start + READ, len(source)))]
         for key in (words, tags):
             if key not in block:
                 raise UsageError(f'the examples have no {key!r}', nearest(key, block))
-        sentences, known = [text.split(' ') for text in block[words]], block[tags] >= 0  # (B, W)
+        is_bad = block.get(BAD, np.zeros(len(block[words]), bool))  # (B,)
+        sentences = [[] if lost else text.split(' ') for text, lost in zip(block[words], is_bad, strict=True)]
+        known = (block[tags] >= 0) & ~is_bad[:, None]  # (B, W)
         for sentence, count in zip(sentences, known.sum(1), strict=True):
             if len(sentence) != count:
                 raise UsageError(f'{" ".join(sentence)!r} has {len(sentence)} words and {count} tags', 'correct the data')
         pieces = encode_words(tokenizer, sentences)
-        sizes = np.array([len(ids) for ids in pieces])
-        ends = np.cumsum(sizes)
+        borders = np.cumsum([0, *map(len, pieces)])  # of the words
         tokens += pieces
-        placed.append(np.full(ends[-1], -1, np.int32))
-        placed[-1][ends - sizes] = block[tags][known]  # row by row, as the words
-        lengths.append(np.diff(ends[np.cumsum(known.sum(1)) - 1], prepend=0))
+        placed.append(np.full(borders[-1], -1, np.int32))
+        placed[-1][borders[:-1]] = block[tags][known]  # row by row, as the words
+        lengths.append(np.diff(borders[np.cumsum(known.sum(1))], prepend=0))
     offsets = np.cumsum(np.concatenate(lengths))
-    return TokenTable(np.concatenate(tokens), offsets, ''), TokenTable(np.concatenate(placed), offsets, '')
+    none = np.zeros(0, np.int32)
+    return TokenTable(np.concatenate([none, *tokens]), offsets, ''), TokenTable(np.concatenate([none, *placed]), offsets, '')
 
 
 def encode_words(tokenizer: Tokenizer, sentences: list[list[str]]) -> list[np.ndarray]:

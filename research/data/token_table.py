@@ -22,6 +22,7 @@ import numpy as np
 
 from research.core import files
 from research.core.errors import UsageError, nearest
+from research.data.bad_records import BAD
 from research.data.download import temporary_neighbour
 from research.data.plan import mix
 from research.data.source import DataSet, Source, Tokenizer
@@ -60,13 +61,14 @@ class TokenTable:
 def tokenise(
     source: Source, key: str, tokenizer: Tokenizer, before: Sequence[int] = (), after: Sequence[int] = ()
 ) -> TokenTable:
-    """The tokens of all texts under `key` of a source, each text between the ids `before` and `after`.
+    """The tokens of all texts under `key` of a source, each text between the ids `before` and `after`; none of a bad record.
 
     Raises:
       UsageError: the examples hold no text under that key; a large array has no private folder to lie in.
     """
-    contents = files.digest(text for texts in texts_of(source, key) for text in texts)  # keys may hash another column
-    address = files.digest([contents, tokenizer.fingerprint, repr((list(before), list(after)))])
+    bad = []
+    contents = files.digest(_all_texts(source, key, bad))  # keys may hash another column
+    address = files.digest([contents, tokenizer.fingerprint, repr((list(before), list(after))), *map(str, bad)])
     dtype = np.dtype(np.uint16 if tokenizer.vocabulary_size <= 2**16 else np.uint32)
     first, last = np.array(before, dtype), np.array(after, dtype)
     path = files.cache_folder('tokens') / address
@@ -75,8 +77,9 @@ def tokenise(
     lengths, held, size = [], [], 0
     with temporary_neighbour(path) as temporary, contextlib.ExitStack() as stack:
         file: BinaryIO | None = None
-        for texts in texts_of(source, key):
+        for texts, is_bad in texts_of(source, key):
             encoded = [np.concatenate([first, ids.astype(dtype), last]) for ids in tokenizer.encode(texts)]
+            encoded = [ids[:0] if lost else ids for ids, lost in zip(encoded, is_bad, strict=True)]
             lengths += [len(ids) for ids in encoded]
             held += encoded
             size += sum(ids.nbytes for ids in encoded)
@@ -95,8 +98,8 @@ def tokenise(
     return _mapped(path, dtype, address)
 
 
-def texts_of(source: Source, key: str) -> Iterator[list[str]]:
-    """The texts under `key`, in blocks.
+def texts_of(source: Source, key: str) -> Iterator[tuple[list[str], list[bool]]]:
+    """The texts under `key` in blocks, and which of them belong to bad records (and are empty).
 
     Raises:
       UsageError: there is no such key, or it holds no text.
@@ -106,7 +109,16 @@ def texts_of(source: Source, key: str) -> Iterator[list[str]]:
         texts = sorted(name for name, column in block.items() if column.dtype == object)
         if key not in texts:
             raise UsageError(f'the examples have no text {key!r}', nearest(key, texts))
-        yield block[key].tolist()
+        yield block[key].tolist(), block[BAD].tolist() if BAD in block else [False] * len(block[key])
+
+
+def _all_texts(source: Source, key: str, bad: list[int]) -> Iterator[str]:
+    """The texts one by one; `bad` is given the places of the bad records."""
+    count = 0
+    for texts, is_bad in texts_of(source, key):
+        bad += [count + place for place, lost in enumerate(is_bad) if lost]
+        count += len(texts)
+        yield from texts
 
 
 def tokenizer_of(dataset: DataSet, transform: str) -> Tokenizer:

@@ -226,8 +226,8 @@ class Votes:
         for key, name in _client().key_value_dir_get(f'{ROOM}/vote/'):
             what, number = key.split('/')[-2], int(key.split('/')[-1])
             with self._lock:
-                if number <= max(self._held.get(what, 0), self._open.get(what, 0)):
-                    continue
+                if what in self._open or number != self._held.get(what, 0) + 1:
+                    continue  # one after the other: who is ahead may ask anew before this process has come to the boundary
                 self._open[what] = number
                 boundary = self._passed.get(what, 0)
                 # Inside the lock: the main thread must not pass a boundary that is being published.
@@ -264,8 +264,16 @@ class _Life:
 
 def leave() -> None:
     """Tells the others that this process goes, alone: they need not wait for its signs of life."""
-    if not is_alone():
-        _client().key_value_set(f'{ROOM}/lost/{index()}', f'process {index()}', allow_overwrite=True)
+    if is_alone():
+        return
+
+    def say() -> None:
+        with contextlib.suppress(Exception):
+            _client().key_value_set(f'{ROOM}/lost/{index()}', f'process {index()}', allow_overwrite=True)
+
+    speaker = threading.Thread(target=say, name='leave', daemon=True)  # where the coordinator is gone the call does not return
+    speaker.start()
+    speaker.join(END_MS / 1000 / 2)
 
 
 def end_for_loss(watch: Guardian, who: str) -> None:

@@ -5,7 +5,7 @@ metrics.jsonl    one line a record {"step", "split", "time", NAME: value}: the s
 events.jsonl     one line an event: start (and from where), compile, save, corrupt, rollback, signal, exit
 checkpoints/     one folder a step; best/: the best step; tensorboard/: event files
 rollbacks.json   the batches that were left out because the numbers went wrong there; failure/: why the run gave up
-bad_records.jsonl  the records of the data that could not be read and were left out
+bad_records.jsonl  the records of the data that could not be read and were left out; .1.jsonl of process 1
 stacks.txt       where every thread was when the watchdog ended the process
 .lock            who trains here
 summary.json     at the end: status, metrics, and what the run spent

@@ -41,7 +41,7 @@ def bad_records(experiment: Experiment, directory: RunDirectory) -> BadRecords |
     """Where the records that cannot be read are counted; None where the first one stops the run."""
     if experiment.data.on_bad_record == 'stop':
         return None
-    return BadRecords(directory.bad_records if hosts.is_main() else None, experiment.data.max_bad_share)
+    return BadRecords(directory.bad_records, experiment.data.max_bad_share, hosts.index())
 
 
 def check_fingerprint(directory: RunDirectory, fingerprint: str, allow_change: bool) -> None:

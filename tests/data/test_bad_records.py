@@ -17,7 +17,7 @@ from research.core import config_file, schema
 from research.core.errors import ExitCode, UsageError
 from research.data import columns, few_labels, packing, sequences
 from research.data.bad_records import BadRecordError, BadRecords, Skipping, salvage
-from research.data.build import build_splits, skipping
+from research.data.build import build_splits, check_loaded, skipping
 from research.data.mixture import Mixture
 from research.data.pipeline import DeviceFeed, HostFeed, without_bad
 from research.data.plan import EvaluationPlan, TrainPlan, plan_of
@@ -31,6 +31,8 @@ from research.data.sources.stamps import stamps
 from research.data.sources.table import table
 from research.data.sources.tfds import tfds
 from research.data.sources.tokens_memmap import tokens_memmap
+from research.data.tagging import tag_rows
+from research.data.token_table import tokenise
 from research.data.tokenizers import Bytes
 from research.parallel import mesh as meshes
 from research.train import build, step
@@ -401,6 +403,21 @@ def test_a_torn_last_line_of_the_count_is_left_out(tmp_path):
     assert BadRecords(path, 1.0).count == 1
 
 
+def test_processes_write_apart_and_begin_with_what_all_know(tmp_path):
+    path = tmp_path / 'bad_records.jsonl'
+    main, other = BadRecords(path, 0.3), BadRecords(path, 0.3, process=1)
+    main.note('train', BadRecordError('shard', 1, 'torn'), 10)
+    for record in (1, 2, 3):
+        other.note('train', BadRecordError('shard', record, 'torn'), 10)
+    assert {file.name: file.read_text().count('\n') for file in tmp_path.iterdir()} == {
+        'bad_records.jsonl': 1,
+        'bad_records.1.jsonl': 3,
+    }
+    assert [BadRecords(path, 0.3, process).count for process in (0, 1, 2)] == [3, 3, 3]
+    with pytest.raises(BadRecordError, match='4 of 10'):
+        BadRecords(path, 0.3, process=2).note('train', BadRecordError('shard', 4, 'torn'), 10)
+
+
 def test_without_a_good_record_it_stops(folder):
     damage(folder, *range(0, N))
     with pytest.raises(BadRecordError):
@@ -534,6 +551,14 @@ def test_the_fingerprint_of_files_does_not_change_by_damage(folder):
     assert fingerprint(build_splits(skip_of(folder).data)[0]['train']) == before
 
 
+def test_data_in_memory_stop_at_the_start_inside_a_mixture():
+    whole, torn = (ArraySource({'x': np.arange(3.0)}) for _ in range(2))
+    torn.errors = {1: BadRecordError('corpus.bin', 1, 'torn')}
+    check_loaded(DataSet('m', {'train': Mixture([whole, whole], None, (None, None))}))
+    with pytest.raises(BadRecordError, match=r'corpus\.bin, record 1'):
+        check_loaded(DataSet('m', {'train': Mixture([whole, torn], None, (None, None))}))
+
+
 def test_few_labels_and_mixtures(folder):
     damage(folder, 0, 4)
     raw = image_folder(dir=str(folder), image_size=8)
@@ -580,11 +605,44 @@ def skipped(transform):
 def test_padded_rows_of_bad_documents_are_marked():
     block = everything(skipped(sequences.pad(length=8)))
     np.testing.assert_array_equal(block['bad'], [False, True, False, False])
-    assert block['segment'][1].sum() == 2  # cls and sep alone
+    assert block['segment'][1].sum() == 1  # sep alone
     assert block['segment'][[0, 2, 3]].any(axis=1).all()
 
 
-def test_windows_and_packed_rows_see_an_empty_document():
+@pytest.mark.parametrize('transform', [sequences.windows(length=4), packing.pack(length=8)])
+def test_windows_and_packed_rows_see_nothing_of_a_bad_document(transform):
+    found = everything(skipped(transform))['tokens']
+    kept = np.array([0, 2, 3])
+    good = ArraySource({key: column[kept] for key, column in documents().arrays.items()})
+    np.testing.assert_array_equal(
+        found, everything(transform(DataSet('d', {'train': good}, tokenizer=Bytes())).splits['train'])['tokens']
+    )
+
+
+def test_a_bad_document_is_not_taken_for_an_empty_one(tmp_path, monkeypatch):
+    monkeypatch.setenv('FULCRUM_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setattr('research.data.token_table.MEMORY_LIMIT', 0)
+    empty = ArraySource({'text': np.array(['abc', '', 'de'], object)})
+    bad = Skipping(Documents({'text': np.array(['abc', 'x', 'de'], object)}, (1,)), 'train', BadRecords(share=0.5))
+    lengths = [tokenise(source, 'text', Bytes(), after=[258]).lengths.tolist() for source in (empty, bad, empty)]
+    assert lengths == [[4, 1, 3], [4, 0, 3], [4, 1, 3]]
+
+
+def test_tagged_rows_of_bad_sentences_are_marked():
+    words, tags = np.array(['a bc', 'x', 'd'], object), np.int32([[0, 1], [1, -1], [1, -1]])
+    for torn in ((1,), (0,), (0, 1, 2)):
+        source = Skipping(Documents({'words': words, 'tags': tags}, torn), 'train', BadRecords(share=1.0))
+        if len(torn) == 3:  # nothing is known of the shape of a good one
+            with pytest.raises(BadRecordError):
+                tag_rows(length=8)(DataSet('d', {'train': source}, ('O', 'X'), Bytes()))
+            continue
+        block = everything(tag_rows(length=8)(DataSet('d', {'train': source}, ('O', 'X'), Bytes())).splits['train'])
+        np.testing.assert_array_equal(block['bad'], np.isin(np.arange(3), torn))
+        assert (block['tag'][block['bad']] == -1).all()
+        assert (block['tag'] >= 0).sum(1).tolist() == [0 if i in torn else n for i, n in enumerate((2, 1, 1))]
+
+
+def test_windows_and_packed_rows_of_bad_documents_have_no_mask_and_are_the_same_again():
     for transform in (sequences.windows(length=4), packing.pack(length=8)):
         block, again = everything(skipped(transform)), everything(skipped(transform))
         assert 'bad' not in block
