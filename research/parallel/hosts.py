@@ -277,7 +277,10 @@ def leave() -> None:
 
 
 def end_for_loss(watch: Guardian, who: str) -> None:
-    """Ends this process because another one is gone: no step can be finished any more."""
+    """Ends this process because another one is gone: no step can be finished any more. If all were to stop, it has stopped."""
+    if watch.stopped is not None:
+        told = f'stopped by {watch.stopped}; {who} of this run was gone before this one'
+        watch.end('StoppedError', ExitCode.STOPPED, f'{told}\n  fix: the same command goes on from the last checkpoint')
     told = f'{who} of this run is lost, so that no step can be finished'
     watch.end(
         'PeerLostError', ExitCode.PEER_LOST, f'{told}\n  fix: start all processes again; they go on from the last checkpoint'
