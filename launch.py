@@ -97,8 +97,10 @@ def train(experiment: schema.Experiment, workdir: pathlib.Path, overrides: list[
 def main(argv: list[str]) -> int:
     """Runs the command; returns its exit code. A failure that is expected is told in at most three lines."""
     try:
-        with guardian.watching(guardian.process_start()):
-            dispatch(parse(argv))
+        with guardian.watching(guardian.process_start()) as watch:
+            parsed = parse(argv)
+            watch.enter('start' if FLAGS.mode == 'train' else guardian.TOOL)
+            dispatch(parsed)
     except BrokenPipeError:  # the reader of our output (head, less) has enough
         return ExitCode.DONE
     except (FulcrumError, OSError, KeyboardInterrupt) as error:

@@ -53,14 +53,23 @@ class Course:
     arguments: tuple[str, ...] = ()
     lives: list[Life] = dataclasses.field(default_factory=list)
 
-    def life(self, faults: str = '', kill_after: float | None = None, victim: int = 0, limit: float = 120.0) -> Life:
+    def life(
+        self, faults: str | tuple[str, ...] = '', kill_after: float | None = None, victim: int = 0, limit: float = 120.0
+    ) -> Life:
         """Starts the command once; `kill_after` so many seconds SIGKILL goes to process `victim`, if it still runs.
+
+        Args:
+          faults: of process `victim`, or of each process.
+          kill_after: seconds from the start.
+          victim: a process.
+          limit: seconds.
 
         Raises:
           TimeoutError: it was not gone after `limit` seconds; its processes are killed.
         """
         start, port = time.monotonic(), free_port()
-        running = [self._start(i, port, faults if i == victim else '') for i in range(self.processes)]
+        each = faults if isinstance(faults, tuple) else tuple(faults if i == victim else '' for i in range(self.processes))
+        running = [self._start(i, port, own) for i, own in enumerate(each)]
         # Through pipes, for a limit on the size of files must not hit what the processes say.
         told: list[list[str]] = [[] for _ in running]
         readers = [

@@ -28,7 +28,7 @@ from research.data.pipeline import make_feed
 from research.data.plan import plan_of
 from research.parallel import memory
 from research.parallel import mesh as meshes
-from research.parallel.hosts import Votes
+from research.parallel.votes import Votes
 from research.train import build, manifest
 from research.train.checkpoint import Checkpoints
 from research.train.fingerprint import Fingerprints

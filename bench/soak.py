@@ -32,10 +32,10 @@ WITHIN_S = 10.0  # from a signal to the end
 
 @dataclasses.dataclass
 class Fault:
-    """One way to hit a course: its kind, what it does (giving the life, or None if it needs none), and how it may end."""
+    """One way to hit a course: its kind, what it does (giving the life, or whether it struck between two), how it may end."""
 
     kind: str
-    strike: Callable[[Course, random.Random, float], Life | None]
+    strike: Callable[[Course, random.Random, float], Life | bool]
     codes: tuple[int, ...]
 
 
@@ -85,12 +85,12 @@ def full_disk(course: Course, rng: random.Random, seconds: float) -> Life:
     at = rng.randint(1, 8)
     kept = course.arguments
     course.arguments = (*kept, '--config.checkpoint.retry_minutes=0.05')
-    life = course.life(f'full@save:{at}' + (f',room@save:{at + 1}' if rng.random() < 0.5 else ''))
+    life = course.life(f'full@save:{at}' + (f',room@save:{at + 1}' if rng.random() < 0.5 else ''), victim=_any(course, rng))
     course.arguments = kept
     return life
 
 
-def damage(course: Course, rng: random.Random, seconds: float) -> None:
+def damage(course: Course, rng: random.Random, seconds: float) -> bool:
     """The newest checkpoint is damaged between two lives, if there is one before it."""
     del seconds
     folder = course.workdir / 'checkpoints'
@@ -98,6 +98,8 @@ def damage(course: Course, rng: random.Random, seconds: float) -> None:
         paths = sorted(path for path in newest(folder).rglob('*') if path.is_file())
         if paths:
             rng.choice(corruptions.DAMAGES)(rng.choice([p for p in paths if p.stat().st_size]), rng)
+            return True
+    return False
 
 
 def _phases(course: Course) -> tuple[str, ...]:
@@ -113,7 +115,7 @@ FAULTS = (
     Fault('kill -9 in a phase or commit', kill_at_a_place, (0, -9, 134, -6)),
     Fault('signal in a phase', stop, (0, 75)),
     Fault('hang', hang, (0, 124, 134, -6)),
-    Fault('disk full', full_disk, (0, 74)),
+    Fault('disk full', full_disk, (0, 74, 134)),
     Fault('damaged checkpoint', damage, ()),
 )
 WEIGHTS = (4, 3, 3, 1, 1, 2)
@@ -137,8 +139,6 @@ class Soak:
         told = []
         try:
             for fault in self.rng.choices(FAULTS, WEIGHTS, k=self.rng.randint(1, 4)):
-                if processes > 1 and fault.kind == 'disk full':
-                    continue
                 self._hit(course, fault, base.lives[0].seconds, told)
             proof = course.run().proof()
             wrong = [name for name, value in base.proof().items() if proof[name] != value] + course.leftovers()
@@ -157,9 +157,13 @@ class Soak:
 
     def _hit(self, course: Course, fault: Fault, seconds: float, told: list[str]) -> None:
         life = fault.strike(course, self.rng, seconds)
-        self.counts[fault.kind] += 1
-        told.append(f'{fault.kind} {"" if life is None else life.codes}')
-        if life is not None:
+        if isinstance(life, bool):
+            has_struck, ended = life, ''
+        else:  # it may have been over before
+            has_struck, ended = bool(struck(life)) or -9 in life.codes, f' {life.codes}'
+        self.counts[fault.kind] += has_struck
+        told.append(f'{fault.kind}{ended}{"" if has_struck else " (missed)"}')
+        if not isinstance(life, bool):
             assert set(life.codes) <= set(fault.codes), f'{fault.kind}: exit codes {life.codes}\n{life.told[0][-3000:]}'
 
 

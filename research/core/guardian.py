@@ -18,6 +18,7 @@ on macOS, faulthandler ends the process, with code 1.)
 import contextlib
 import ctypes
 import faulthandler
+import math
 import os
 import select
 import signal
@@ -31,7 +32,8 @@ from typing import IO, Any
 from research.core.errors import ExitCode, Interrupted, exit_code
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-NOTHING_TO_LOSE = ('start', 'restore', 'compile')  # no step is done that is not on disk
+TOOL = 'tool'  # a mode that trains nothing: without a bound, for somebody waits for it
+NOTHING_TO_LOSE = ('start', 'restore', 'compile', TOOL)  # no step is done that is not on disk
 LEAVE_AT_ONCE = ('data',)  # where a single process may be interrupted anywhere without loss
 LIMITS = {
     'start': 1800.0,
@@ -226,7 +228,7 @@ class Guardian:
         return self.phase in NOTHING_TO_LOSE and not self._has_begun
 
     def _limit(self) -> float:
-        return self.limits.get(self.phase, max(self.limits.values()))
+        return self.limits.get(self.phase, math.inf)
 
     def _arm(self, deadline: float) -> None:
         """Sets the timers of C a little behind `deadline`."""

@@ -9,6 +9,7 @@ left in the middle, by a signal or by a death, the file itself says how far it c
 """
 
 import contextlib
+import json
 import os
 import pathlib
 import threading
@@ -37,6 +38,11 @@ class Journal:
             del self._waiting[MAX_WAITING - 1 :]
             self._waiting.append(line)
         self.flush()
+
+    def waiting(self) -> list[dict[str, Any]]:
+        """The records that are not known to be in the file."""
+        with self._lock:
+            return [json.loads(line) for line in self._waiting]
 
     def flush(self, sync: bool = False) -> str | None:
         """Writes what is waiting; why that is impossible, or None. `sync`: down to the disk, against a power cut."""

@@ -10,6 +10,7 @@ data set on every device and sends only indices. `Prefetcher` runs either ahead 
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,7 @@ Batch = dict[str, Any]
 Feed = Callable[[int], Batch]
 
 LOOK_UP_S = 0.1  # between two calls of `waiting`
+LEAVE_S = 1.0
 
 
 def _local(plan: Plan, step: int) -> tuple[np.ndarray, Batch]:
@@ -92,7 +94,8 @@ class Prefetcher:
     """Runs a feed `depth` steps ahead in a background thread. Steps must be asked for in order, starting at `start`.
 
     `waiting` is called now and then while the caller has to wait; it may leave by an exception.
-    An error in the thread is raised in the caller, at the step it belongs to. It is a context manager: the thread ends with it.
+    An error in the thread is raised in the caller, at the step it belongs to. It is a context manager: the thread ends with it,
+    or, where it is in the middle of a read that takes longer than `LEAVE_S`, after that read.
     """
 
     def __init__(self, feed: Feed, start: int, depth: int, waiting: Callable[[], None] = lambda: None):
@@ -127,7 +130,8 @@ class Prefetcher:
 
     def __exit__(self, *_: Any) -> None:
         self._stop.set()
-        while self._thread.is_alive():
+        end = time.monotonic() + LEAVE_S  # who was asked to stop has a state to save, and cannot wait for a disk that hangs
+        while self._thread.is_alive() and time.monotonic() < end:
             try:
                 self._queue.get_nowait()
             except queue.Empty:
@@ -139,6 +143,8 @@ class Prefetcher:
                 batch: Batch | BaseException = self.feed(step)
             except BaseException as error:  # noqa: BLE001 - handed to the caller, who raises it
                 batch = error
+            if self._stop.is_set():
+                return
             self._queue.put((step, batch))
             if isinstance(batch, BaseException):
                 return

@@ -75,7 +75,8 @@ def enable() -> str | None:
     path = folder()
     reason = problem(path)
     if reason:
-        if jax.config.values['jax_compilation_cache_dir'] == str(path):  # JAX_COMPILATION_CACHE_DIR names the same folder
+        other = jax.config.values['jax_compilation_cache_dir']  # JAX_COMPILATION_CACHE_DIR may name one
+        if other and (other == str(path) or ('://' not in other and problem(pathlib.Path(other)))):
             jax.config.update('jax_compilation_cache_dir', None)
         return f'no compilation cache: {reason}'
     jax.config.update('jax_compilation_cache_dir', str(path))

@@ -1,51 +1,29 @@
-"""The processes of one run: one by default. What only one of them may do, and what all of them must agree on.
+"""The processes of one run: one by default. What only one of them may do, and what all of them must know.
 
     start('auto')                       # joins the other processes, where the environment names them
     share(value)                        # the main process's value, in every process
-    votes = Votes(...); votes.request('stop'); ...; votes.agreed('stop')      # True after the same step in every process
+    gather(value)                       # the value of every process, in every process
 
-Several processes talk through the key-value store of jax' coordination service. *Votes*: a request gets a number; a thread in
-each process notices it within `POLL_S` and publishes the next boundary (call of `agreed`) that its main thread has not passed;
-the largest of these is the boundary at which all do it. A main thread that comes to a boundary while a vote is open waits there
-until all have published, so that none can be too far. *Signs of life*: the main process watches the counters of all, all watch
-the main one's; a process that is silent for `LOST_S` is lost, and the rest ends with 134 and a plain reason. (jax' own
-heartbeat aborts in C++ two seconds later, should Python be stuck.)
+Several processes talk through the key-value store of jax' coordination service. What they do at the same step: `votes.py`; how
+they notice that one is gone: `peers.py`.
 """
 
 import contextlib
-import ctypes
 import json
 import os
-import signal
-import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 
-from research.core.errors import (
-    ExitCode,
-    FulcrumError,
-    Interrupted,
-    NumericalError,
-    StoppedError,
-    UsageError,
-    exit_code,
-    explain,
-)
-from research.core.guardian import Guardian
+from research.core.errors import UsageError
 
 POLL_S = 0.1
-BEAT_S = 1.0
-LOST_S = 6.0
 HEARTBEAT_S = 10  # jax' own; its default of 100 s lets survivors wait that long
-LEAVE_S = 4.0
-SHARED = (StoppedError, NumericalError)  # raised by all processes at the same step
 WAIT_MS = 3_600_000  # an hour: the watchdog bounds waits
 ROOM = 'fulcrum'
-END_MS = 5_000
-_numbers = {'share': 0, 'all': 0, 'end': 0}
+MEETINGS = 4  # an earlier one is over everywhere
+_numbers = {'share': 0, 'gather': 0, 'meeting': 0}
 
 
 def start(mode: str) -> None:
@@ -112,226 +90,69 @@ def share(value: Any) -> Any:
     if is_alone():
         return value
     _numbers['share'] += 1
-    client, key = _client(), f'{ROOM}/share/{_numbers["share"]}'
+    key = f'{ROOM}/share/{_numbers["share"]}'
     if is_main():
-        client.key_value_set(key, json.dumps(value))
+        client().key_value_set(key, json.dumps(value))
         return value
-    return json.loads(client.blocking_key_value_get(key, WAIT_MS))
+    return json.loads(client().blocking_key_value_get(key, WAIT_MS))
+
+
+def gather(value: Any) -> list[Any]:
+    """The values (of JSON) of all processes, in their order, in each of them. All must call it in the same order."""
+    if is_alone():
+        return [value]
+    _numbers['gather'] += 1
+    number = _numbers['gather']
+    client().key_value_set(f'{ROOM}/gather/{number}/{index()}', json.dumps(value))
+    found = [json.loads(client().blocking_key_value_get(f'{ROOM}/gather/{number}/{i}', WAIT_MS)) for i in range(count())]
+    if is_main():  # all are here, so all have read what came before: the store must not grow with the run
+        client().key_value_delete(f'{ROOM}/share/')
+        client().key_value_delete(f'{ROOM}/gather/{number - 1}/')
+    return found
 
 
 def all_true(flag: bool) -> bool:
     """Whether the flag is set in every process. All must call it in the same order."""
-    if is_alone():
-        return flag
-    _numbers['all'] += 1
-    client, room = _client(), f'{ROOM}/all/{_numbers["all"]}'
-    client.key_value_set(f'{room}/{index()}', str(int(flag)))
-    found = [client.blocking_key_value_get(f'{room}/{i}', WAIT_MS) for i in range(count())]
-    return '0' not in found
+    return all(gather(flag))
 
 
-class Votes:
-    """What the processes of a run agree to do at the same boundary, whoever asks for it: 'stop', 'save'. A context manager.
+class Meeting:
+    """Something that all processes finish, or none does. All must make it in the same order.
 
-    `agreed` must be called equally often in every process; each call is a boundary. `watch` hears when another process was
-    asked to stop, and ends this one when another is lost.
+    `arrive` is a barrier for background threads that ends at once, by an error, where any process has said `fail`.
     """
 
-    def __init__(self, watch: Guardian):
-        self._watch = watch
-        self._lock = threading.Lock()
-        self._wanted: set[str] = set()
-        self._passed: dict[str, int] = {}  # boundaries of each kind that the main thread has passed
-        self._open: dict[str, int] = {}  # the number of the open vote of each kind
-        self._held: dict[str, int] = {}  # how many votes of each kind are over
-        self._close = threading.Event()
-        self._thread = threading.Thread(target=self._work, name='votes', daemon=True)
-
-    def request(self, what: str) -> None:
-        """Asks for it; from any thread."""
-        with self._lock:
-            self._wanted.add(what)
-
-    def agreed(self, what: str) -> bool:
-        """Whether it is to be done here and now; the request is then answered."""
-        with self._lock:
-            if is_alone():
-                is_now = what in self._wanted
-                self._wanted.discard(what)
-                return is_now
-            boundary, number = self._passed.get(what, 0), self._open.get(what)
-            if number is None:
-                self._passed[what] = boundary + 1
-                return False
-        is_now = boundary == self._target(what, number)
-        with self._lock:
-            self._passed[what] = boundary + 1
-            if is_now:
-                self._held[what] = number
-                del self._open[what]
-                self._wanted.discard(what)
-        return is_now
-
-    def leave_if_agreed(self, what: str = 'stop') -> None:
-        """A boundary inside something that may be left: raises Interrupted."""
-        if self.agreed(what):
-            raise Interrupted(self._watch.stopped or 'another process')
-
-    def leave_waiting(self) -> None:
-        """For a main thread that waits before its next boundary: raises Interrupted if all are to stop at that one."""
-        with self._lock:
-            alone, number, boundary = is_alone(), self._open.get('stop'), self._passed.get('stop', 0)
-            wanted = 'stop' in self._wanted
-        if (alone and wanted) or (not alone and number is not None and boundary == self._target('stop', number)):
-            self.leave_if_agreed()
-
-    def __enter__(self) -> 'Votes':
-        if not is_alone():
-            self._thread.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self._thread.ident is not None:
-            with contextlib.suppress(Exception):  # none may leave while others still watch for its signs of life
-                _client().wait_at_barrier(f'{ROOM}/end/{_numbers["end"]}', END_MS)
-            _numbers['end'] += 1
-            self._close.set()
-            self._thread.join()
-
-    def _target(self, what: str, number: int) -> int:
-        """The boundary of a vote: the largest that any process published."""
-        keys = [f'{ROOM}/at/{what}/{number}/{i}' for i in range(count())]
-        return max(int(_client().blocking_key_value_get(key, WAIT_MS)) for key in keys)
-
-    def _work(self) -> None:
-        life = _Life()
-        while not self._close.wait(POLL_S):
-            try:
-                self._ask()
-                self._answer()
-                lost = life.look()
-            except Exception as error:  # noqa: BLE001 - the service is gone, and with it the main process
-                lost = f'the main process ({" ".join(str(error).split())[:80]})'
-            if lost is not None and not self._close.is_set():
-                end_for_loss(self._watch, lost)
-
-    def _ask(self) -> None:
-        with self._lock:
-            asked = {what: self._held.get(what, 0) + 1 for what in self._wanted if what not in self._open}
-        for what, number in asked.items():
-            name = self._watch.stopped or ''
-            _client().key_value_set(f'{ROOM}/vote/{what}/{number}', name, allow_overwrite=True)
-
-    def _answer(self) -> None:
-        for key, name in _client().key_value_dir_get(f'{ROOM}/vote/'):
-            what, number = key.split('/')[-2], int(key.split('/')[-1])
-            with self._lock:
-                if what in self._open or number != self._held.get(what, 0) + 1:
-                    continue  # one after the other: who is ahead may ask anew before this process has come to the boundary
-                self._open[what] = number
-                boundary = self._passed.get(what, 0)
-                # Inside the lock: the main thread must not pass a boundary that is being published.
-                _client().key_value_set(f'{ROOM}/at/{what}/{number}/{index()}', str(boundary))
-            if what == 'stop':
-                self._watch.request(name or 'another process')
-
-
-class _Life:
-    """The signs of life of the processes, as this one sees them."""
-
     def __init__(self) -> None:
-        self._count, self._due = 0, 0.0
-        watched = range(count()) if is_main() else [0]
-        self._seen = {i: ('', time.monotonic()) for i in watched if i != index()}
+        _numbers['meeting'] += 1
+        self._room = f'{ROOM}/meeting/{_numbers["meeting"]}'
+        if not is_alone() and is_main():
+            client().key_value_delete(f'{ROOM}/meeting/{_numbers["meeting"] - MEETINGS}/')
 
-    def look(self) -> str | None:
-        """Gives a sign of life, looks for others', and names a process that is lost."""
-        now = time.monotonic()
-        if now < self._due:
-            return None
-        self._due, self._count = now + BEAT_S, self._count + 1
-        _client().key_value_set(f'{ROOM}/alive/{index()}', str(self._count), allow_overwrite=True)
-        found = dict(_client().key_value_dir_get(f'{ROOM}/alive/'))
-        for i, (text, since) in self._seen.items():
-            sign = found.get(f'{ROOM}/alive/{i}', '')
-            if sign != text:
-                self._seen[i] = sign, now
-            elif text and now - since > LOST_S:
-                _client().key_value_set(f'{ROOM}/lost/{i}', f'process {i}', allow_overwrite=True)
-                return f'process {i}'
-        return next((name for _, name in _client().key_value_dir_get(f'{ROOM}/lost/')), None)
+    def fail(self) -> None:
+        """Tells all who wait, or will, that this process does not come."""
+        if not is_alone():
+            with contextlib.suppress(Exception):  # the service is gone: nobody is there to be told
+                client().key_value_set(f'{self._room}/failed/{index()}', '', allow_overwrite=True)
 
+    def arrive(self, key: str, timeout_ms: int) -> None:
+        """Waits until all processes have come to `key`.
 
-def leave() -> None:
-    """Tells the others that this process goes, alone: they need not wait for its signs of life."""
-    if is_alone():
-        return
-
-    def say() -> None:
-        with contextlib.suppress(Exception):
-            _client().key_value_set(f'{ROOM}/lost/{index()}', f'process {index()}', allow_overwrite=True)
-
-    speaker = threading.Thread(target=say, name='leave', daemon=True)  # where the coordinator is gone the call does not return
-    speaker.start()
-    speaker.join(END_MS / 1000 / 2)
+        Raises:
+          RuntimeError: another process has failed, or time is over.
+        """
+        if is_alone():
+            return
+        place, end = f'{self._room}/at/{key}', time.monotonic() + timeout_ms / 1000
+        client().key_value_set(f'{place}/{index()}', '')
+        while len(client().key_value_dir_get(f'{place}/')) < count():
+            if failed := client().key_value_dir_get(f'{self._room}/failed/'):
+                raise RuntimeError(f'process {failed[0][0].rpartition("/")[2]} of this run could not')
+            if time.monotonic() > end:
+                raise RuntimeError('another process of this run did not come')
+            time.sleep(POLL_S)
 
 
-def end_for_loss(watch: Guardian, who: str) -> None:
-    """Ends this process because another one is gone: no step can be finished any more. If all were to stop, it has stopped."""
-    if watch.stopped is not None:
-        told = f'stopped by {watch.stopped}; {who} of this run was gone before this one'
-        watch.end('StoppedError', ExitCode.STOPPED, f'{told}\n  fix: the same command goes on from the last checkpoint')
-    told = f'{who} of this run is lost, so that no step can be finished'
-    watch.end(
-        'PeerLostError', ExitCode.PEER_LOST, f'{told}\n  fix: start all processes again; they go on from the last checkpoint'
-    )
-
-
-@contextlib.contextmanager
-def together(watch: Guardian) -> Iterator[None]:
-    """Inside, what a collective operation raises, or aborts for, because a process is gone ends this one, with a reason."""
-    if not is_alone():
-        _explain_aborts(watch)
-    try:
-        yield
-    except (Exception, KeyboardInterrupt) as error:
-        if not is_alone() and _is_loss(error):
-            end_for_loss(watch, 'another process')
-        if not is_alone() and isinstance(error, (FulcrumError, KeyboardInterrupt)) and not isinstance(error, SHARED):
-            time.sleep(LEAVE_S if is_main() else 5 * POLL_S)  # all hear why, and the others go before their coordinator does
-            watch.end(type(error).__name__, exit_code(error), explain(error)[0])  # nobody else is at this point: wait for none
-        raise
-
-
-def _explain_aborts(watch: Guardian) -> None:
-    """Has the process say why, and record its end, before an abort of C++ (gloo, jax' heartbeat) takes it."""
-
-    def aborted(number: int) -> None:
-        del number
-        end_for_loss(watch, 'most likely another process')
-
-    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)
-    _kept.append(handler)  # C holds no reference
-    ctypes.CDLL(None).signal(int(signal.SIGABRT), handler)
-
-
-_kept: list[Any] = []
-
-
-def _is_loss(error: BaseException) -> bool:
-    words = (
-        'Gloo',
-        'Connection reset',
-        'Connection closed',
-        'coordination service',
-        'CoordinationService',
-        'UNAVAILABLE',
-        'NCCL',
-    )
-    return any(word in str(error) for word in words)
-
-
-def _client() -> Any:
+def client() -> Any:
     """The client of jax' coordination service."""
     return _state().client
 

@@ -10,13 +10,14 @@ import logging
 import pathlib
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from research.parallel import hosts
 from research.train.manifest import CorruptError
 
 # What a read can fail for without any fault of the files: no reason to put a checkpoint away.
@@ -36,19 +37,35 @@ class ArrayStore:
 
     def __init__(self) -> None:
         self._writer: ocp.AsyncCheckpointer | None = None
+        self._meeting: hosts.Meeting | None = None  # of the save that is under way
 
     def begin(self, path: pathlib.Path, tree: Any) -> None:
         """Starts to write; returns as soon as the arrays are copied off the devices."""
+        self._meeting = hosts.Meeting()
         if self._writer is None:
-            self._writer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
-        with QUIET:
+            options = ocp.options.AsyncOptions(barrier_sync_fn=self._arrive)
+            self._writer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), async_options=options)
+        with self._failing_together(), QUIET:
             self._writer.save(path.absolute(), args=ocp.args.PyTreeSave(tree), force=True)
 
     def finish(self) -> None:
-        """Waits until what was begun is written; raises what went wrong."""
+        """Waits until what was begun is written, by all processes; raises what went wrong."""
         if self._writer is not None:
-            with QUIET:
+            with self._failing_together(), QUIET:
                 self._writer.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _failing_together(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception:
+            if self._meeting is not None:
+                self._meeting.fail()  # else the other processes would wait for this one until Orbax' 20 minutes are over
+            raise
+
+    def _arrive(self, *, key: str, timeout_ms: int) -> None:
+        assert self._meeting is not None
+        self._meeting.arrive(key, timeout_ms)
 
     def close(self) -> None:
         """Ends the threads of Orbax."""
@@ -140,3 +157,17 @@ QUIET = _Quiet()
 # Writes that fail are reported once; asyncio would print each of them again when it forgets the task.
 _FORGOTTEN = ('async_serialize', 'OCDBT', 'tensorstore')
 logging.getLogger('asyncio').addFilter(lambda record: not any(word in record.getMessage() for word in _FORGOTTEN))
+
+
+def _hear_no_echo() -> None:
+    """Has tensorstore, whose threads come back to a loop that Orbax has closed after a failed write, print no tracebacks."""
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != 'Event loop is closed':
+            before(unraisable)
+
+    sys.unraisablehook = hook
+
+
+_hear_no_echo()

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.core import leaves
+from research.parallel import hosts
 from research.train.fingerprint import digest
 from research.train.state import TrainState
 from research.train.step import Batch, Step, Terms
@@ -25,6 +26,8 @@ Shards = dict[tuple[str, str, str], tuple[int, int]]  # (leaf, place in the arra
 class Audit:
     """A step that is now and then taken twice; `report(step, problems)` hears of differences.
 
+    By the number of the step, so that a run of many short lives is audited as one long one. `begin` says at which it begins.
+
     Attributes:
       steps: how many were audited.
       differences: how many of them gave other bits.
@@ -32,11 +35,15 @@ class Audit:
 
     def __init__(self, step: Step, every: int, report: Callable[[int, list[str]], None]):
         self.step, self.every, self.report = step, every, report
-        self.steps, self.differences, self._calls = 0, 0, 0
+        self.steps, self.differences, self._done = 0, 0, 0
+
+    def begin(self, step: int) -> None:
+        """The next call takes the run beyond `step` steps."""
+        self._done = step
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Terms]:
-        self._calls += 1
-        if not self.every or self._calls % self.every:
+        self._done += 1
+        if not self.every or self._done % self.every:
             return self.step(state, batch)
         spare = _copied(state)
         first, again = self.step(_copied(state), batch), self.step(state, batch)
@@ -47,13 +54,21 @@ class Audit:
     ) -> tuple[TrainState, Terms]:
         self.steps += 1
         one, two = shards(first[0]), shards(again[0])
-        if one == two and not replicas(two):
+        if hosts.all_true(one == two and not replicas(two)):
             return again
         self.differences += 1
         third = self.step(spare, batch)
         three = shards(third[0])
-        chosen, odd = (again, one) if three == two else (first, two) if three == one else (third, two)
-        self.report(number, problems(odd, three) + replicas(odd))
+        # In all processes the same choice, also in those that saw nothing: it is one state.
+        votes = hosts.gather((three == two, three == one))
+        if all(as_again for as_again, _ in votes):
+            chosen, odd = again, one
+        elif all(as_first for _, as_first in votes):
+            chosen, odd = first, two
+        else:
+            chosen, odd = third, two
+        told = hosts.gather(problems(odd, three) + replicas(odd))
+        self.report(number, [problem for own in told for problem in own])
         return chosen
 
 

@@ -9,28 +9,27 @@ from research.core.clock import Clock
 from research.core.errors import Interrupted, exit_code
 from research.core.guardian import Guardian
 from research.core.schema import Experiment
-from research.parallel import hosts
-from research.parallel.hosts import Votes
+from research.parallel import hosts, peers
+from research.parallel.votes import Votes
 from research.train.ledger import Ledger, ledger
+from research.train.run import Run
 from research.train.run_directory import RunDirectory
 
 
 @contextlib.contextmanager
-def watched(
-    experiment: Experiment, directory: RunDirectory, watch: Guardian, clock: Clock, say: Callable[[str], None]
-) -> Iterator[Votes]:
-    """Owns the run directory, has the guardian watch by the experiment's bounds, and records how the run ended.
+def watched(directory: RunDirectory, watch: Guardian, clock: Clock, say: Callable[[str], None]) -> Iterator[Votes]:
+    """Owns the run directory, hears signals for all processes of the run, and records how it ended.
 
     Raises:
       UsageError: another process trains there.
     """
     directory.is_silent = not hosts.is_main()
     own = directory.lock.held(say) if hosts.is_main() else contextlib.nullcontext()
-    with own, _recorded(directory, clock), _bounded(experiment, directory, watch), Votes(watch) as votes, hosts.together(watch):
+    with own, _recorded(directory, clock), Votes(watch) as votes, peers.together(watch):
 
         def last_words(status: str, code: int) -> None:
             directory.event('exit', status=status, code=code, seconds=clock.own())
-            hosts.leave()
+            peers.leave()
 
         watch.last_words = last_words
         watch.on_stop = lambda name: votes.request('stop')
@@ -50,14 +49,17 @@ def so_far(directory: RunDirectory, clock: Clock) -> Ledger:
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """The first signal may end the steps inside, where nothing is lost by that; what follows is as if they had ended so."""
-    with contextlib.suppress(Interrupted):
+def interruptible(run: Run) -> Iterator[None]:
+    """The first signal may end the steps inside, where nothing is lost by that; the run knows that they were cut short."""
+    try:
         yield
+    except Interrupted:
+        run.is_cut_short = True
 
 
 @contextlib.contextmanager
-def _bounded(experiment: Experiment, directory: RunDirectory, watch: Guardian) -> Iterator[None]:
+def bounded(experiment: Experiment, directory: RunDirectory, watch: Guardian) -> Iterator[None]:
+    """Inside, the guardian watches by the experiment's bounds; its stacks go to the run directory."""
     before = watch.limits, watch.grace
     watch.limits = {**watch.limits, **{name: getattr(experiment.watchdog, name) for name in watch.limits}}
     watch.grace = experiment.train.grace_seconds

@@ -76,6 +76,7 @@ class Checkpoints:
         self.failure: Failure | None = None
         self._store = array_store.ArrayStore()
         self._commit: threading.Thread | None = None
+        self._refused: set[int] = set()  # steps whose folders are to go
         if writable and hosts.is_main():
             self._remove_leftovers()
 
@@ -107,6 +108,9 @@ class Checkpoints:
           NumericalError: the state holds NaN; nothing is written.
         """
         self.wait()
+        if not hosts.is_alone():
+            hosts.gather(None)  # the background threads of all are done
+            self._remove_refused()
         tree = _tree(state)
         found = Fingerprints(tree)
         if bad := found.not_numbers():
@@ -119,18 +123,28 @@ class Checkpoints:
         }
         content = {'step': step, 'kind': kind, 'config': self.config, 'leaves': described, 'meta': files.finite(meta)}
         target = self.folder / f'{step}.tmp'
+        if problem := hosts.share(self._prepared(target, sum(leaf.nbytes for leaf in leaves.flat(tree).values()))):
+            self.refuse(step, problem)  # in all processes, before Orbax has them wait for each other
+            return False
         try:
-            if hosts.is_main():
-                shutil.rmtree(target, ignore_errors=True)
-                target.mkdir(parents=True)
-                _check_room(target, sum(leaf.nbytes for leaf in leaves.flat(tree).values()))
             self._store.begin(target / STATE, tree)
         except Exception as error:  # noqa: BLE001 - the disk, or Orbax about the disk: reported by `failure`
-            self._failed(step, error)
+            self.refuse(step, _reason(error))
             return False
         self._commit = threading.Thread(target=self._finish, args=(step, content), name='checkpoint', daemon=True)
         self._commit.start()
         return True
+
+    def refuse(self, step: int, reason: str) -> None:
+        """Step `step` cannot be saved: `failure` tells, and what there is of it will be deleted."""
+        now, first = time.monotonic(), self.failure
+        self.failure = Failure(now, reason, 1, now) if first is None else Failure(first.since, reason, first.count + 1, now)
+        self._store.close()
+        self._refused.add(step)
+        if hosts.is_alone():
+            self._remove_refused()
+        self.say(f'warning: step {step} could not be saved in {self.folder}: {reason}; training goes on')
+        self.event('save_failed', step=step, folder=self.folder.name, reason=reason)
 
     def wait(self) -> None:
         """Returns when no save is under way."""
@@ -248,7 +262,7 @@ class Checkpoints:
                 temporary.rename(self.folder / str(step))
                 files.sync_folder(self.folder)
         except Exception as error:  # noqa: BLE001 - reported by `failure`
-            self._failed(step, error)
+            self.refuse(step, _reason(error))
             return
         if self.failure is not None:
             self.say(f'saved again: step {step} is on disk in {self.folder}')
@@ -256,16 +270,23 @@ class Checkpoints:
         if hosts.is_main():
             self._retire()
 
-    def _failed(self, step: int, error: Exception) -> None:
-        now = time.monotonic()
-        reason = ' '.join(str(error).split())[:200] or type(error).__name__
-        first = self.failure
-        self.failure = Failure(now, reason, 1, now) if first is None else Failure(first.since, reason, first.count + 1, now)
-        self._store.close()
-        if hosts.is_main():
+    def _prepared(self, target: pathlib.Path, size: int) -> str | None:
+        """An empty folder to write into; why there is none, in words."""
+        if not hosts.is_main():
+            return None
+        try:
+            shutil.rmtree(target, ignore_errors=True)
+            target.mkdir(parents=True)
+            _check_room(target, size)
+        except OSError as error:
+            return _reason(error)
+        return None
+
+    def _remove_refused(self) -> None:
+        """Deletes what failed saves have left. Under the hands of another process that still writes it would be too early."""
+        for step in self._refused if hosts.is_main() else ():
             shutil.rmtree(self.folder / f'{step}.tmp', ignore_errors=True)
-        self.say(f'warning: step {step} could not be saved in {self.folder}: {reason}; training goes on')
-        self.event('save_failed', step=step, folder=self.folder.name, reason=reason)
+        self._refused.clear()
 
     def _promote(self, step: int, kind: str) -> bool:
         """Makes a temporary checkpoint of this very step permanent. Returns False: nothing was saved."""
@@ -275,7 +296,7 @@ class Checkpoints:
             try:
                 manifest.rewrite(self.folder / str(step), {**described, 'kind': PERMANENT})
             except OSError as error:
-                self._failed(step, error)
+                self.refuse(step, _reason(error))
         return False
 
     def _retire(self) -> None:
@@ -301,6 +322,8 @@ class Checkpoints:
     def _remove_leftovers(self) -> None:
         for path in self.folder.glob('*tmp*') if self.folder.is_dir() else ():
             shutil.rmtree(path, ignore_errors=True)
+        for path in self.folder.glob(f'*/.{manifest.NAME}.*.tmp') if self.folder.is_dir() else ():  # of a torn `rewrite`
+            path.unlink(missing_ok=True)
 
     def _damaged(self, step: int, error: CorruptError) -> None:
         """Tells of a checkpoint that is none, and puts it away."""
@@ -346,6 +369,10 @@ class Checkpoints:
 def _tree(state: TrainState) -> dict[str, Any]:
     """What is stored of a state; its leaves are named 'params/Dense_0/kernel'."""
     return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+
+
+def _reason(error: Exception) -> str:
+    return ' '.join(str(error).split())[:200] or type(error).__name__
 
 
 def _check_room(folder: pathlib.Path, needed: int) -> None:

@@ -5,8 +5,8 @@
 `what@place:n`, at the n-th time (from 1) that a process enters a phase of the clock (`start`, `restore`, `compile`, `data`,
 `train`, `evaluate`, `save`) or comes to `manifest` (arrays written, no manifest yet) or `rename` (manifest written, not yet
 named): `kill` (SIGKILL), `term`, `int`, `usr1` (the signal to itself), `hang` (sleeps), `gil` (sleeps with Python's lock),
-`full` (no file may grow any more: RLIMIT_FSIZE), `room` (it may again), `raise` (RuntimeError).
-`nan@a-b`, `spike@a-b`, `slow@a-b`: the batches a to b of the plan give NaN, or have other labels, or take a second each.
+`full` (no file may grow any more: RLIMIT_FSIZE), `room` (it may again).
+`nan@a-b`, `spike@a-b`, `slow@a-b`: the batches a to b of the plan give NaN, or have other labels, or take a minute each.
 `ids@a-b`: tells on standard error which examples these batches hold.
 `flip@k`: the first run of step k computes one wrong bit, as a broken device does.
 """
@@ -95,10 +95,6 @@ def _limit(size: int) -> Callable[[], None]:
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
-def _raise() -> None:
-    raise RuntimeError('an injected fault')
-
-
 STRIKES: dict[str, Callable[[], Any]] = {
     'kill': _signal(signal.SIGKILL),
     'term': _signal(signal.SIGTERM),
@@ -108,7 +104,6 @@ STRIKES: dict[str, Callable[[], Any]] = {
     'gil': lambda: ctypes.PyDLL(None).sleep(3600),
     'full': _limit(64),
     'room': _limit(resource.RLIM_INFINITY),
-    'raise': _raise,
 }
 
 
@@ -151,7 +146,7 @@ def _spike(batch: dict[str, Any], step: int) -> dict[str, Any]:
 
 def _slow(batch: dict[str, Any], step: int) -> dict[str, Any]:
     del step
-    time.sleep(1)
+    time.sleep(60)
     return batch
 
 

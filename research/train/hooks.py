@@ -109,7 +109,7 @@ class LogHook:
         else:
             in_a_row, total = (int(state.extra['skips'][name]) for name in ('in_a_row', 'total'))
             if in_a_row >= self.run.experiment.train.max_skips:
-                raise BadNumbersError(step - in_a_row, step, f'the last {in_a_row} steps are not finite')
+                raise BadNumbersError(step - in_a_row, step, f'the last {in_a_row} steps are not finite', is_harmless=True)
             if step == self.run.total_steps and total > step / 2:
                 raise NumericalError(f'{total} of {step} steps are not finite', NUMBERS_FIX)
         self.losses.check(step)
@@ -131,7 +131,8 @@ class EvaluateHook:
 class CheckpointHook:
     """Saves when it is due, and the best state apart when an evaluation of this step is the best so far.
 
-    A save that fails is tried again, with the state of then, for `checkpoint.retry_minutes`; then the run ends.
+    A save that fails is tried again, with the state of then, for `checkpoint.retry_minutes`; then the run ends. Not so the best
+    state: it is of one step, and when it cannot be saved the one before stays.
     """
 
     def __init__(self, run: Run, checkpoints: Checkpoints, best: Checkpoints | None, log: LogHook):
@@ -147,8 +148,7 @@ class CheckpointHook:
             self.run.votes.request('save')
         if self.run.votes.agreed('save'):
             self.save(self.checkpoints, step, state, TEMPORARY)
-        for kept in (self.checkpoints, self.best):
-            self._check(kept)
+        self._check()
 
     def save(self, checkpoints: Checkpoints, step: int, state: TrainState, kind: str = PERMANENT) -> None:
         """Saves now; the disk is written in the background."""
@@ -160,9 +160,13 @@ class CheckpointHook:
             if self.best is not None and not hosts.is_alone():  # Orbax' barriers have the same names in both
                 self.checkpoints.wait()
                 self.best.wait()
-            self.run.writer.flush(sync=True)  # what a checkpoint says is done must be on record, also after a power cut
+            # What a checkpoint says is done must be on record, also after a power cut.
+            problem, saved = hosts.share(self.run.writer.flush(sync=True)), False
             try:
-                saved = checkpoints.save(step, state, {**spent, **meta}, kind)
+                if problem is None:
+                    saved = checkpoints.save(step, state, {**spent, **meta}, kind)
+                else:
+                    checkpoints.refuse(step, problem)
             except NumericalError as error:
                 raise BadNumbersError(self.log.recorded, step, str(error).partition('\n')[0]) from error
         if saved:
@@ -181,42 +185,41 @@ class CheckpointHook:
                 self.checkpoints.wait()
             if hosts.all_true(self.checkpoints.failure is None):
                 return
-            self._check(self.checkpoints, may_retry)
+            self._check(may_retry)
             with self.run.clock.phase('save'):
-                left = 60 * self.run.experiment.checkpoint.retry_minutes - self._tried(self.checkpoints)
-                time.sleep(max(min(self._pause(self.checkpoints), left, 60.0), 0.0))
+                left = 60 * self.run.experiment.checkpoint.retry_minutes - self._tried()
+                time.sleep(max(min(self._pause(), left, 60.0), 0.0))
 
     def _is_best(self, step: int) -> bool:
-        metric, mode = self.run.experiment.checkpoint.best, self.run.experiment.checkpoint.best_mode
+        metric = self.run.experiment.checkpoint.best
         if metric is None or not self.run.is_evaluated(metric, step):
             return False
-        return best_step(history(self.run, metric), mode or direction(metric)) == step
+        return best_step(history(self.run, metric), best_mode(self.run.experiment)) == step
 
     def _is_wanted(self) -> bool:
         """Whether a temporary checkpoint is due, or a save that failed is to be tried again."""
         failure, minutes = self.checkpoints.failure, self.run.experiment.checkpoint.temporary_minutes
         now = time.monotonic()
         if failure is not None:
-            return now - failure.last > self._pause(self.checkpoints)
+            return now - failure.last > self._pause()
         return minutes is not None and now - self._saved_at > 60 * minutes
 
-    def _pause(self, checkpoints: Checkpoints) -> float:
-        return RETRY_S * 2 ** (min(checkpoints.failure.count, 8) - 1) if checkpoints.failure else 0.0
+    def _pause(self) -> float:
+        failure = self.checkpoints.failure
+        return RETRY_S * 2 ** (min(failure.count, 8) - 1) if failure else 0.0
 
-    def _tried(self, checkpoints: Checkpoints) -> float:
-        return time.monotonic() - checkpoints.failure.since if checkpoints.failure else 0.0
+    def _tried(self) -> float:
+        failure = self.checkpoints.failure
+        return time.monotonic() - failure.since if failure else 0.0
 
-    def _check(self, checkpoints: Checkpoints | None, may_retry: bool = True) -> None:
-        failure = None if checkpoints is None else checkpoints.failure
-        if checkpoints is None or failure is None:
+    def _check(self, may_retry: bool = True) -> None:
+        failure, tried = self.checkpoints.failure, self._tried()
+        if failure is None or (may_retry and tried < 60 * self.run.experiment.checkpoint.retry_minutes):
             return
-        tried = self._tried(checkpoints)
-        if may_retry and tried < 60 * self.run.experiment.checkpoint.retry_minutes:
-            return
-        good = checkpoints.latest()
+        good = self.checkpoints.latest()
         last = 'no step is saved' if good is None else f'the last good one is step {good}'
         raise StorageError(
-            f'nothing could be saved in {checkpoints.folder} for {tried:.0f} s ({failure.reason}); {last}',
+            f'nothing could be saved in {self.checkpoints.folder} for {tried:.0f} s ({failure.reason}); {last}',
             'make room or mend the disk; the same command goes on from there',
         )
 
@@ -273,8 +276,13 @@ def direction(metric: str) -> str:
 def history(run: Run, metric: str) -> list[tuple[int, float]]:
     """(step, value) of 'split/name' in the order of the records; a value that is not finite counts as NaN."""
     split, _, name = metric.partition('/')
-    records = hosts.share([r for r in run.directory.read_metrics() if r['split'] == split and name in r])
-    return [(r['step'], float('nan') if r[name] is None else r[name]) for r in records]
+    records = {r['step']: r[name] for r in run.writer.records() if r['split'] == split and name in r}
+    return [(step, float('nan') if value is None else value) for step, value in hosts.share(list(records.items()))]
+
+
+def best_mode(experiment: Experiment) -> str:
+    """'min' or 'max', for `checkpoint.best`."""
+    return experiment.checkpoint.best_mode or direction(str(experiment.checkpoint.best))
 
 
 def best_step(values: list[tuple[int, float]], mode: str) -> int | None:

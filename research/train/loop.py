@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from research.core import files, guardian
 from research.core.clock import Clock
-from research.core.errors import StoppedError, UsageError
+from research.core.errors import StoppedError, StorageError, UsageError
 from research.core.guardian import Guardian
 from research.core.schema import Experiment
 from research.core.terms import Terms
@@ -24,14 +24,24 @@ from research.data.plan import evaluation_plan_of
 from research.data.source import Source, fingerprint
 from research.parallel import cache, hosts, memory
 from research.parallel import mesh as meshes
-from research.parallel.hosts import Votes
+from research.parallel.votes import Votes
 from research.tasks.base import Task
 from research.train import build, care, faults, flops, rollback, start
 from research.train.adapters import describe_size
 from research.train.audit import Audit
 from research.train.checkpoint import Checkpoints
 from research.train.evaluate import Evaluator
-from research.train.hooks import CheckpointHook, EarlyStopHook, EvaluateHook, Hook, LogHook, check_watched
+from research.train.hooks import (
+    CheckpointHook,
+    EarlyStopHook,
+    EvaluateHook,
+    Hook,
+    LogHook,
+    best_mode,
+    best_step,
+    check_watched,
+    history,
+)
 from research.train.progress import Reporter
 from research.train.provenance import provenance
 from research.train.run import Run
@@ -64,12 +74,13 @@ def train(
     with guardian.watching() as watch, contextlib.ExitStack() as stack:
         clock = Clock(watch.enter, watch.since)
         stack.enter_context(clock.phase('start'))
+        stack.enter_context(care.bounded(experiment, directory, watch))
         hosts.start(experiment.parallel.distributed)
         watch.alone = hosts.is_alone()
         reporter = stack.enter_context(Reporter(experiment.log.plain_every, quiet or not hosts.is_main()))
         # First of all: it says in one line if jax cannot start.
         mesh = meshes.make_mesh(experiment.parallel.devices, experiment.parallel.model_axis)
-        votes = stack.enter_context(care.watched(experiment, directory, watch, clock, reporter.say))
+        votes = stack.enter_context(care.watched(directory, watch, clock, reporter.say))
         kept = {'config': digest(experiment), 'say': reporter.say, 'event': directory.event}
         checkpoints = stack.enter_context(Checkpoints(directory.checkpoints, experiment.checkpoint.keep, **kept))
         best = stack.enter_context(Checkpoints(directory.best, **kept)) if experiment.checkpoint.best else None
@@ -172,6 +183,7 @@ def _train(run: Run, parts: build.Parts, checkpoints: Checkpoints, best: Checkpo
     run.directory.event('compile', seconds=run.clock.own())
 
     def steps(state: TrainState, earlier: dict[str, Any]) -> TrainState:
+        step.begin(int(state.step))
         log = LogHook(run, earlier, int(state.step))
         saver = CheckpointHook(run, checkpoints, best, log)
         state = _steps(run, step, state, [log, EvaluateHook(run), saver, EarlyStopHook(run)])
@@ -184,7 +196,7 @@ def _train(run: Run, parts: build.Parts, checkpoints: Checkpoints, best: Checkpo
     kept = [checkpoints] if best is None else [checkpoints, best]
     with run.clock.phase('train'):  # up to the end: between the steps and the last save there is much to lose
         state = rollback.until_done(run, kept, restore, steps, state, run.earlier)
-        if watch.stopped is not None and int(state.step) < run.total_steps and run.stop is None:
+        if run.is_cut_short:
             run.directory.event('signal', name=watch.stopped, step=int(state.step))
             raise StoppedError(f'stopped by {watch.stopped} at step {int(state.step)}', 'the same command goes on from there')
         return _finish(run, state, parts, best, step)
@@ -201,15 +213,16 @@ def _steps(run: Run, step: Step, state: TrainState, hooks: list[Hook]) -> TrainS
     run.reporter.phase('training')
     with (
         run.clock.phase('train'),
+        care.interruptible(run),
         Prefetcher(feed, first, experiment.data.prefetch, votes.leave_waiting) as batches,
-        care.interruptible(),
     ):
         for hook in hooks[1:] if first else []:  # what a death cut short at this very step
             hook(first, state, {})
         for k in range(first, run.total_steps):
             with run.clock.phase('data'):
                 batch = batches(k)
-            if run.stop is not None or votes.agreed('stop'):
+            run.is_cut_short = votes.agreed('stop')
+            if run.stop is not None or run.is_cut_short:
                 break
             state, terms = step(state, batch)
             in_flight.append(terms)
@@ -250,10 +263,22 @@ def _finish(run: Run, state: TrainState, parts: build.Parts, best: Checkpoints |
 
 def _evaluate_best(run: Run, parts: build.Parts, best: Checkpoints | None) -> dict[str, Any] | None:
     """The final splits under the best state that was kept."""
-    step = None if best is None else best.latest()
-    if best is None or step is None:
+    if best is None:
         return None
-    state, _ = best.restore(step, parts.abstract)
+    try:
+        found = best.newest(parts.abstract)
+    except StorageError as error:  # the run itself is whole
+        run.reporter.say(f'ERROR: the best state is lost: {error}')
+        found = None
+    if found is None:
+        return None
+    step, state, _ = found
+    values = [
+        pair for pair in history(run, str(run.experiment.checkpoint.best)) if run.is_due(run.experiment.evaluate.every, pair[0])
+    ]
+    wanted = best_step(values, best_mode(run.experiment))
+    if step != wanted:
+        run.reporter.say(f'warning: the best state, of step {wanted}, could not be saved; the one of step {step} is kept')
     results = {}
     for split in run.experiment.evaluate.final:
         feed, num_batches = run.evaluation_feeds[split]

@@ -13,6 +13,7 @@ import pathlib
 from typing import Any
 
 from research.core import files
+from research.core.errors import StorageError
 
 NAME = 'manifest.json'
 FORMAT = 1
@@ -54,6 +55,7 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
 
     Raises:
       CorruptError: there is none, or it is damaged.
+      StorageError: it is right, but of a format that this program does not know.
       OSError: it cannot be read although it is there.
     """
     try:
@@ -65,7 +67,9 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
     if not isinstance(found, dict) or found.pop('digest', None) != _digest(found):
         raise CorruptError(f'{NAME} is damaged')
     if found['format'] != FORMAT:
-        raise CorruptError(f'{NAME} has format {found["format"]}, this program knows {FORMAT}')
+        raise StorageError(
+            f'{folder} has format {found["format"]}, this program knows {FORMAT}', 'use the version of Fulcrum that made it'
+        )
     return found
 
 

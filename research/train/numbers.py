@@ -16,11 +16,14 @@ FLOOR = 0.01  # of the first loss
 
 
 class BadNumbersError(Exception):
-    """The numbers have gone wrong: `since` is the last step before it, `step` the newest."""
+    """The numbers have gone wrong: `since` is the last step before it, `step` the newest.
 
-    def __init__(self, since: int, step: int, reason: str):
+    `is_harmless`: no step since then has changed the state, so that any checkpoint since then is as good.
+    """
+
+    def __init__(self, since: int, step: int, reason: str, is_harmless: bool = False):
         super().__init__(reason)
-        self.since, self.step, self.reason = since, step, reason
+        self.since, self.step, self.reason, self.is_harmless = since, step, reason, is_harmless
 
 
 class Losses:

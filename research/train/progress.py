@@ -4,6 +4,8 @@ The bar covers every phase (starting, compiling, training, evaluating, saving), 
 """
 
 import contextlib
+import os
+import sys
 import time
 from typing import Any
 
@@ -16,11 +18,22 @@ TABLE_WIDTH = 128
 REFRESH_PER_SECOND = 4  # drawing costs about 3 ms a frame on one core
 
 
+class _Console(Console):
+    """A console that falls silent when its reader has gone; rich' own would end the process."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        with contextlib.suppress(OSError, ValueError):  # a file that is none
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())  # what else is printed, and Python's own flush at the end
+            os.close(nowhere)
+
+
 class Reporter:
     """Shows progress; use as a context manager. `quiet` shows nothing (for programs that call the loop)."""
 
     def __init__(self, plain_every: float = 5.0, quiet: bool = False):
-        self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self.console = _Console(quiet=quiet, highlight=False, soft_wrap=True)
         self.is_live = self.console.is_terminal and not quiet
         self._plain_every, self._last_line = plain_every, 0.0
         self._phase, self._pace = 'starting', Pace()

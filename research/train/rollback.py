@@ -18,6 +18,7 @@ import numpy as np
 
 from research.core import files
 from research.core.errors import NumericalError
+from research.core.redact import redact
 from research.data.plan import Plan, plan_of
 from research.parallel import hosts
 from research.train.checkpoint import NUMBERS_FIX, Checkpoints
@@ -91,26 +92,36 @@ def until_done(
       meta: of its checkpoint.
 
     Raises:
-      NumericalError: it went back `train.max_rollbacks` times, and the numbers are bad again.
+      NumericalError: it went back `train.max_rollbacks` times, and the numbers are bad again; or all checkpoints that are kept
+        are from after they went bad.
     """
     while True:
         try:
             return steps(state, meta)
         except BadNumbersError as bad:
-            if len(run.windows) >= run.experiment.train.max_rollbacks:
-                raise _given_up(run, bad, checkpoints[0]) from bad
-            state, meta = _back(run, bad, checkpoints, restore)
+            until = _target(bad, checkpoints[0])
+            if until is None or len(run.windows) >= run.experiment.train.max_rollbacks:
+                raise _given_up(run, bad, checkpoints[0], is_too_late=until is None) from bad
+            state, meta = _back(run, bad, until, checkpoints, restore)
+
+
+def _target(bad: BadNumbersError, checkpoints: Checkpoints) -> int | None:
+    """The newest step to go back to; None where there are checkpoints, but none from before the numbers went bad."""
+    checkpoints.wait()
+    oldest = hosts.share(min(checkpoints.steps(), default=0))
+    return bad.since if oldest <= bad.since else oldest if bad.is_harmless else None
 
 
 def _back(
     run: Run,
     bad: BadNumbersError,
+    until: int,
     checkpoints: list[Checkpoints],
     restore: Callable[[int], tuple[TrainState, dict[str, Any]]],
 ) -> tuple[TrainState, dict[str, Any]]:
     """The last good state, with the history on disk and what came after it gone."""
     with run.clock.phase('restore'):
-        state, meta = restore(bad.since)
+        state, meta = restore(until)
         at = int(state.step)
         run.windows.append({'at': at, 'count': bad.step - at, 'step': bad.step, 'reason': bad.reason})
         if hosts.is_main():
@@ -128,7 +139,7 @@ def _back(
     return state, meta
 
 
-def _given_up(run: Run, bad: BadNumbersError, checkpoints: Checkpoints) -> NumericalError:
+def _given_up(run: Run, bad: BadNumbersError, checkpoints: Checkpoints, is_too_late: bool) -> NumericalError:
     """Writes the bundle, and says where it is."""
     plan, path = training_plan(run), run.directory.failure
     steps = range(bad.since, bad.step)
@@ -147,10 +158,12 @@ def _given_up(run: Run, bad: BadNumbersError, checkpoints: Checkpoints) -> Numer
     }
     if hosts.is_main():
         path.parent.mkdir(exist_ok=True)
-        files.write_atomically(path, json.dumps(files.finite(bundle)) + '\n')
+        files.write_atomically(path, json.dumps(files.finite(redact(bundle))) + '\n')
     run.directory.event('failure', step=bad.step, reason=bad.reason, bundle=str(path))
     times = f' after {len(run.windows)} rollbacks' if run.windows else ''
+    late = ', and no checkpoint from before is kept' if is_too_late else ''
+    more = ' raise config.checkpoint.keep;' if is_too_late else ''
     return NumericalError(
-        f'{bad.reason} at step {bad.step}{times}; what led there is in {path}',
-        f'{NUMBERS_FIX}; --mode=replay --workdir={run.directory.path} shows where',
+        f'{bad.reason} at step {bad.step}{times}{late}; what led there is in {path}',
+        f'{NUMBERS_FIX};{more} --mode=replay --workdir={run.directory.path} shows where',
     )

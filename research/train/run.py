@@ -17,6 +17,7 @@ from research.data.pipeline import Feed
 from research.data.plan import unique_examples
 from research.data.source import Source, Tokenizer
 from research.parallel import hosts
+from research.parallel.votes import Votes
 from research.train.evaluate import Evaluator
 from research.train.progress import Reporter
 from research.train.run_directory import RunDirectory
@@ -38,13 +39,14 @@ class Run:
       results: the newest results of each split and their step.
       windows: the batches that are left out, see `rollback.py`.
       stop: why the run ends before its last step; None as long as it goes on.
+      is_cut_short: the steps, or what belongs to the last of them, were left because of a signal.
     """
 
     experiment: Experiment
     directory: RunDirectory
     mesh: Mesh
     clock: Clock
-    votes: hosts.Votes
+    votes: Votes
     reporter: Reporter
     writer: Writer
     facts: Facts
@@ -59,6 +61,7 @@ class Run:
     results: dict[str, tuple[int, dict[str, Any]]] = dataclasses.field(default_factory=dict)
     windows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     stop: str | None = None
+    is_cut_short: bool = False
     _evaluated: set[tuple[str, int, int | None]] = dataclasses.field(default_factory=set)
 
     def remember(self, step: int) -> None:
@@ -108,7 +111,6 @@ class Run:
         settings = self.experiment.evaluate
         limit = None if whole or settings.limit is None else -(-settings.limit // self.experiment.data.evaluation_batch_size)
         if (split, step, limit) not in self._evaluated:
-            self._evaluated.add((split, step, limit))
             self.reporter.phase('evaluating')
             with self.clock.phase('evaluate'):
                 feed, num_batches = self.evaluation_feeds[split]
@@ -117,6 +119,7 @@ class Run:
                     self.evaluator(state.evaluation_variables, feed, num_batches, limit, self.votes.leave_if_agreed),
                 )
             limited = {} if limit is None else {'limit': limit}
+            self._evaluated.add((split, step, limit))
             self.writer.write(step, split, self.clock.total(), {**limited, **self.results[split][1]})
             self.reporter.say(f'step {step}  {split}: {shown(self.results[split][1])}')
             self.reporter.phase('training')

@@ -111,7 +111,8 @@ def _from_other(fresh: TrainState, path: pathlib.Path, rules: Rules, report_file
     """
     weights, origin = read(path, 'config.init_from')
     loaded, report = partial.load_into(partial.named(fresh.variables), weights, rules)
-    files.write_atomically(report_file, f'{origin}\n{report.text()}')
+    if hosts.is_main():
+        files.write_atomically(report_file, f'{origin}\n{report.text()}')
     report.check(f'config.init_from={str(path)!r}', FIX, f' (all of it: {report_file})')
     variables = jax.tree.map(_placed, partial.renewed(fresh.variables, loaded), fresh.variables)
     params = variables.pop('params')

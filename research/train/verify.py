@@ -3,8 +3,9 @@
     checkpoints/1000  permanent  31 leaves, 1.2 MB  good
     checkpoints/1200  permanent  DAMAGED: params/Dense_0/kernel does not hold what was saved (fingerprints differ)
 
-What is damaged is renamed to `*.corrupt`, and a `*.corrupt` one that is good after all (the disk was, for a while, not there)
-gets its name back, unless a process trains in the run.
+What is damaged is renamed to `*.corrupt`. Where no checkpoint is good, the newest `*.corrupt` one that is good after all (the
+disk was, for a while, not there) gets its name back; else the run may have gone on from another, and its record with it. Both
+unless a process trains in the run.
 """
 
 import contextlib
@@ -48,7 +49,7 @@ def report(workdir: pathlib.Path, overrides: list[str], trust: bool) -> None:
 def scrub(folder: pathlib.Path, may_rename: bool) -> list[str]:
     """Proves every checkpoint in `folder`, prints a line for each, and returns the names of the damaged ones."""
     checkpoints = Checkpoints(folder, writable=False)
-    damaged = []
+    damaged, good, returning = [], False, []
     found = [match for path in folder.iterdir() if (match := NAME.fullmatch(path.name))]
     for match in sorted(found, key=lambda match: int(match[1])):
         name = match[0]
@@ -60,7 +61,11 @@ def scrub(folder: pathlib.Path, may_rename: bool) -> list[str]:
             if may_rename and not match[2]:
                 checkpoints.put_away(int(name))
             continue
-        if may_rename and match[2] and not (folder / match[1]).exists():
-            (folder / name).rename(folder / match[1])
-            print(f'{folder.name}/{match[1]}  has its name back')
+        good |= not match[2]
+        if match[2] and not (folder / match[1]).exists():
+            returning.append(match)
+    if may_rename and not good and returning:
+        name, step = returning[-1][0], returning[-1][1]
+        (folder / name).rename(folder / step)
+        print(f'{folder.name}/{step}  has its name back')
     return damaged

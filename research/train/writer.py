@@ -1,7 +1,7 @@
 """Records go to `metrics.jsonl`, the source of truth, and to TensorBoard for those who like to look at curves.
 
-Neither ever stops the training. A record that the disk does not take waits, and a checkpoint is only called complete when none
-waits (`flush`). TensorBoard is written by a thread of its own: it may fail, or hang, and costs its curves alone.
+Neither ever stops the training. A record that the disk does not take waits, and no checkpoint is made while one waits
+(`flush`). TensorBoard is written by a thread of its own: it may fail, or hang, and costs its curves alone.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ class Writer:
     """Appends records; each line is written at once, so that a killed process loses none. A context manager."""
 
     def __init__(self, directory: RunDirectory, tensorboard: bool, say: Callable[[str], None] = print):
+        self._directory = directory
         self._journal = None if directory.is_silent else Journal(directory.metrics)
         self._board = Board(directory, say) if tensorboard and not directory.is_silent else None
         self._say, self._problem = say, None
@@ -36,6 +37,11 @@ class Writer:
             for name, value in values.items():
                 if isinstance(value, (int, float)) and math.isfinite(value):
                     self._board.add(f'{split}/{name}', value, step)
+
+    def records(self) -> list[dict[str, Any]]:
+        """All records of the run, those that wait for the disk too."""
+        waiting = [] if self._journal is None else self._journal.waiting()
+        return self._directory.read_metrics() + waiting
 
     def flush(self, sync: bool = False) -> str | None:
         """Writes what waits; says, and returns, why that is impossible. `sync`: down to the disk, against a power cut."""

@@ -292,6 +292,20 @@ while True:
     assert found.seconds < 8
 
 
+def test_a_tool_has_no_bound_and_can_be_left(tmp_path):
+    body = """
+watch.limits = dict.fromkeys(watch.limits, 0.1)
+watch.enter(guardian.TOOL)
+time.sleep(0.8)
+say('ready')
+in_c()
+"""
+    found = child(tmp_path, body, 'SIGTERM')
+    assert 'ready' in found.out
+    assert found.code == 75
+    assert found.seconds < 5
+
+
 def test_a_nested_guardian_is_the_same(tmp_path):
     body = """
 with guardian.watching() as inner:

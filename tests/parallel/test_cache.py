@@ -61,6 +61,21 @@ def test_a_refused_folder_is_not_used_by_jax_on_its_own_either(folder):
     assert jax.config.jax_compilation_cache_dir is None
 
 
+@pytest.mark.parametrize(('open_mode', 'stays'), [(0o700, True), (0o777, False)])
+def test_a_folder_that_jax_was_given_is_judged_too(folder, tmp_path, open_mode, stays):
+    other = tmp_path / 'other'
+    for path, mode in ((folder, 0o777), (other, open_mode)):
+        path.mkdir()
+        path.chmod(mode)
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update('jax_compilation_cache_dir', str(other))
+        assert cache.enable() is not None
+        assert jax.config.jax_compilation_cache_dir == (str(other) if stays else None)
+    finally:
+        jax.config.update('jax_compilation_cache_dir', before)
+
+
 def test_the_folder_of_another_user_is_refused(folder, monkeypatch):
     folder.mkdir(mode=0o700)
     other = os.getuid() + 1

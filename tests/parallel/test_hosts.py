@@ -14,7 +14,8 @@ import pytest
 from bench.fault_runs import free_port
 from research.core import guardian
 from research.core.errors import Interrupted, UsageError
-from research.parallel import hosts
+from research.parallel import hosts, peers
+from research.parallel.votes import Votes
 
 ROOT = pathlib.Path(__file__).parents[2]
 DESCRIBING = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES')
@@ -22,7 +23,8 @@ CHILD = """
 import os, sys, threading, time
 from research.core import guardian
 from research.core.errors import Interrupted, NumericalError, StorageError
-from research.parallel import hosts
+from research.parallel import hosts, peers
+from research.parallel.votes import Votes
 
 say = lambda *words: os.write(1, (' '.join(map(str, words)) + '\\n').encode())
 with guardian.watching() as watch:
@@ -77,11 +79,57 @@ say('who', me, hosts.count(), hosts.is_main(), hosts.is_alone())
         assert f'who {i} 3 {i == 0} False' in one.out
 
 
+def test_the_store_does_not_grow_with_the_run():
+    body = """
+for k in range(30):
+    assert hosts.share(k if me == 0 else None) == k
+    assert hosts.gather(10 * k + me) == [10 * k, 10 * k + 1]
+hosts.gather(0)
+say('left', len(hosts.client().key_value_dir_get('fulcrum/')))
+hosts.gather(0)
+"""
+    for one in processes(2, body):
+        assert one.code == 0, one.out
+        assert int(re.search(r'left (\d+)', one.out)[1]) < 12
+
+
+def test_a_meeting_is_kept_by_all_or_by_none():
+    body = """
+for k in range(6):
+    meeting = hosts.Meeting()
+    if me == 1 and k % 2:
+        time.sleep(0.3)
+        meeting.fail()
+        continue
+    try:
+        meeting.arrive('written', 20_000)
+        meeting.arrive('committed', 20_000)
+        say('met', k)
+    except RuntimeError as error:
+        say(k, error)
+hosts.all_true(True)
+meeting = hosts.Meeting()
+try:
+    if me == 0:
+        meeting.arrive('alone', 300)
+except RuntimeError as error:
+    say(error)
+hosts.all_true(True)
+"""
+    one, other = processes(2, body)
+    assert (one.code, other.code) == (0, 0), one.out
+    assert one.out.split('\n')[:-1] == [
+        'met 0', '1 process 1 of this run could not', 'met 2', '3 process 1 of this run could not', 'met 4',
+        '5 process 1 of this run could not', 'another process of this run did not come',
+    ]  # fmt: skip
+    assert other.out == 'met 0\nmet 2\nmet 4\n'
+
+
 def test_votes_are_answered_at_the_same_boundary_in_all():
     """Whoever asks, however far the others are, and more than once; no boundary is passed by one alone."""
     body = """
 watch.enter('train')
-with hosts.Votes(watch) as votes:
+with Votes(watch) as votes:
     hosts.all_true(True)
     saves, since = 0, 0
     for step in range(5000):
@@ -112,9 +160,9 @@ with hosts.Votes(watch) as votes:
 def test_a_lost_process_ends_the_others_with_a_reason(lost):
     """The main one takes the service with it: the others must not wait for it with their last words."""
     body = """
-hosts.LOST_S = 2.0
-watch.last_words = lambda status, code: (say('last words', status, code), hosts.leave())
-with hosts.Votes(watch) as votes, hosts.together(watch):
+peers.LOST_S = 2.0
+watch.last_words = lambda status, code: (say('last words', status, code), peers.leave())
+with Votes(watch) as votes, peers.together(watch):
     time.sleep(1.5)                                # signs of life have been seen
     say('ready')
     time.sleep(40)
@@ -131,8 +179,8 @@ with hosts.Votes(watch) as votes, hosts.together(watch):
 
 def test_an_error_of_one_process_is_told_and_ends_all():
     body = """
-with hosts.Votes(watch) as votes, hosts.together(watch):
-    watch.last_words = lambda status, code: hosts.leave()
+with Votes(watch) as votes, peers.together(watch):
+    watch.last_words = lambda status, code: peers.leave()
     if me == 1:
         raise StorageError('the disk is full', 'make room')
     time.sleep(40)
@@ -148,7 +196,7 @@ with hosts.Votes(watch) as votes, hosts.together(watch):
 
 
 def test_one_process_agrees_with_itself_at_once():
-    with guardian.watching() as watch, hosts.Votes(watch) as votes:
+    with guardian.watching() as watch, Votes(watch) as votes:
         assert not votes.agreed('stop')
         votes.leave_waiting()
         votes.request('stop')
@@ -163,7 +211,7 @@ def test_one_process_agrees_with_itself_at_once():
     assert hosts.share([1]) == [1]
     assert hosts.all_true(True)
     assert not hosts.all_true(False)
-    hosts.leave()
+    peers.leave()
 
 
 @pytest.mark.parametrize(

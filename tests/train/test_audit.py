@@ -4,6 +4,7 @@ import json
 
 import jax
 import numpy as np
+import pytest
 
 from research.parallel import compile as compilation
 from research.train import audit, faults
@@ -31,6 +32,14 @@ def test_without_a_fault_the_audit_changes_nothing(run):
     summary, _, path = run(*FEW, 'train.audit_every=2 steps', folder='audited')
     assert summary['audit'] == {'steps': 4, 'differences': 0}
     assert_identical(saved(clean, 8), saved(path, 8))
+
+
+def test_short_lives_are_audited_as_one_long_one(run, dies_at):
+    dies_at(3)
+    with pytest.raises(RuntimeError, match='the machine is gone'):
+        run(*FEW, 'train.audit_every=5 steps', 'checkpoint.every=1 step')
+    summary, _, _ = run(*FEW, 'train.audit_every=5 steps', 'checkpoint.every=1 step')
+    assert summary['audit']['steps'] == 1
 
 
 def test_the_replica_that_is_not_like_the_others_is_named():

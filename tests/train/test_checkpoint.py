@@ -1,5 +1,6 @@
 """Checkpoints: damage is found, leaves are compared, devices do not matter, policies keep and delete what they should."""
 
+import errno
 import json
 import pathlib
 import random
@@ -200,6 +201,45 @@ def test_verify_scrubs_a_run_and_gives_good_ones_their_name_back(victim, tmp_pat
     out = capsys.readouterr().out
     assert 'checkpoints/1  has its name back' in out
     assert 'checkpoints/2  DAMAGED' in out
+
+
+def test_a_good_one_gets_its_name_back_only_where_none_is_good(victim, tmp_path, capsys):
+    folder = tmp_path / 'run' / 'checkpoints'
+    shutil.copytree(victim.folder, folder)
+    (folder / '2').rename(folder / '2.corrupt')
+    verify.report(tmp_path / 'run', [], False)  # the run may have gone on from 1, and its record with it
+    assert sorted(p.name for p in folder.iterdir()) == ['1', '2.corrupt']
+    (folder / '1').rename(folder / '1.corrupt')
+    verify.report(tmp_path / 'run', [], False)
+    assert sorted(p.name for p in folder.iterdir()) == ['1.corrupt', '2']
+    assert 'checkpoints/2  has its name back' in capsys.readouterr().out
+
+
+def test_a_later_format_is_no_damage(victim, copy, monkeypatch):
+    monkeypatch.setattr(manifest, 'FORMAT', 0)
+    with Checkpoints(copy, keep=2, say=lambda text: None) as checkpoints, pytest.raises(StorageError, match='has format 1'):
+        checkpoints.newest(victim.abstract)
+    assert sorted(p.name for p in copy.iterdir()) == ['1', '2']
+
+
+def test_a_torn_rewrite_of_a_manifest_goes_at_the_next_start(victim, copy):
+    (copy / '2' / f'.{manifest.NAME}.123.tmp').write_text('{"for')
+    with Checkpoints(copy, keep=2, say=lambda text: None) as checkpoints:
+        assert checkpoints.newest(victim.abstract)[0] == 2
+    assert not list(copy.rglob('*.tmp'))
+
+
+def test_a_file_system_that_takes_nothing_is_named(victim, tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise OSError(errno.EROFS, 'Read-only file system')
+
+    with Checkpoints(tmp_path / 'c', say=lambda text: None) as checkpoints:
+        checkpoints.save(1, victim.states[1], {})
+        checkpoints.wait()
+        monkeypatch.setattr(pathlib.Path, 'mkdir', refuse)
+        assert not checkpoints.save(2, victim.states[2], {})
+        assert 'Read-only file system' in checkpoints.failure.reason
+        assert checkpoints.latest() == 1
 
 
 def test_a_reader_falls_back_but_renames_nothing(victim, copy):

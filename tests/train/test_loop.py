@@ -10,6 +10,7 @@ import pytest
 from research.core import leaves
 from research.core.errors import NumericalError, StorageError, UsageError
 from research.train import array_store, hooks
+from research.train.checkpoint import Checkpoints
 from research.train.evaluate_run import evaluate_run
 from research.train.loop import train
 from research.train.run_directory import RunDirectory
@@ -330,6 +331,39 @@ def test_a_second_process_is_refused(run, tmp_path):
     with directory.lock.held(), pytest.raises(UsageError, match=r'process \d+ on .* trains in'):
         run()
     assert run()[0]['step'] == 12
+
+
+BEST = ('checkpoint.best=validation/loss', 'evaluate.every=4 steps')
+
+
+def test_a_best_state_that_cannot_be_saved_does_not_end_a_run(run, monkeypatch, capsys):
+    prepared, refused = Checkpoints._prepared, []
+
+    def full(self, target, size):
+        if self.folder.name == 'best' and target.name == '12.tmp':
+            refused.append(target.name)
+            return 'No space left on device'
+        return prepared(self, target, size)
+
+    monkeypatch.setattr(Checkpoints, '_prepared', full)
+    summary = train(experiment_of(*BEST, 'checkpoint.retry_minutes=0.0001'), run.path)
+    assert refused == ['12.tmp']
+    assert summary['best']['step'] == 8
+    assert 'the best state, of step 12, could not be saved; the one of step 8 is kept' in capsys.readouterr().out
+
+
+def test_a_damaged_best_state_does_not_keep_a_run_from_its_end(run, capsys):
+    summary, _, path = run(*BEST)
+    (path / 'summary.json').unlink()
+    data = max((p for p in (path / 'best').rglob('*') if p.is_file()), key=lambda p: p.stat().st_size)
+    data.write_bytes(data.read_bytes()[:-1])
+    again = train(experiment_of(*BEST), path)
+    assert again['metrics'] == summary['metrics']
+    assert again['best'] is None
+    assert [p.name for p in (path / 'best').iterdir()] == [f'{summary["best"]["step"]}.corrupt']
+    out = capsys.readouterr().out
+    assert 'is damaged' in out
+    assert 'the best state is lost' in out
 
 
 def test_the_best_state_is_of_the_course_that_was_kept(run, monkeypatch):

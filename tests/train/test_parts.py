@@ -2,6 +2,8 @@
 
 import io
 import json
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from research.data.pipeline import HostFeed
 from research.data.plan import EvaluationPlan
 from research.parallel import mesh as meshes
 from research.train import build, flops, hooks
+from research.train import writer as writer_module
 from research.train.evaluate import Evaluator, chosen
 from research.train.progress import Pace, Reporter, clock_text
 from research.train.provenance import provenance
@@ -73,6 +76,51 @@ def test_records_are_on_disk_at_once_and_in_tensorboard(tmp_path):
     data = b''.join(p.read_bytes() for p in directory.tensorboard.iterdir())
     assert b'train/loss' in data
     assert b'per_class' not in data
+
+
+def test_tensorboard_may_fail_or_hang(tmp_path, monkeypatch):
+    class Failing:
+        def add_scalar(self, *item):
+            raise OSError('no space left')
+
+        def close(self):
+            raise OSError('no space left')
+
+    class Hanging(Failing):
+        def add_scalar(self, *item):
+            gone.wait(20)
+
+    gone = threading.Event()
+    monkeypatch.setattr(writer_module, 'BOARD_CLOSE_S', 0.2)
+    for kind in (Failing, Hanging):
+        told = []
+        directory = RunDirectory(tmp_path / kind.__name__)
+        directory.create()
+        monkeypatch.setattr(writer_module, '_tensorboard', lambda folder, kind=kind: kind())
+        began = time.monotonic()
+        with Writer(directory, tensorboard=True, say=told.append) as writer:
+            for step in range(3):
+                writer.write(step, 'train', 1.0, {'loss': 0.25})
+        assert time.monotonic() - began < 5
+        assert [r['step'] for r in directory.read_metrics()] == [0, 1, 2]
+        assert bool(told) == (kind is Failing)
+    gone.set()
+
+
+def test_records_that_wait_for_the_disk_are_told_of_and_count(tmp_path):
+    told = []
+    directory = RunDirectory(tmp_path / 'run')
+    with Writer(directory, tensorboard=False, say=told.append) as writer:
+        for step in (1, 2):
+            writer.write(step, 'validation', 1.0, {'loss': 0.25})  # there is no folder
+        assert len(told) == 1
+        assert 'wait in memory' in told[0]
+        assert 'No such file' in writer.flush(sync=True)
+        assert [r['step'] for r in writer.records()] == [1, 2]
+        directory.create()
+        assert writer.flush(sync=True) is None
+        assert [r['step'] for r in writer.records()] == [1, 2]
+    assert [r['step'] for r in directory.read_metrics()] == [1, 2]
 
 
 def test_records_after_a_step_are_dropped(tmp_path):

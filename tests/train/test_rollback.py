@@ -12,6 +12,8 @@ from research.train.numbers import BASE, RECENT, BadNumbersError, Losses
 from research.train.rollback import Shifted, shifted
 from tests.train.test_loop import assert_identical, by_split, saved
 
+SECRET = 'hf_' + 'a1B2c3D4e5' * 3
+
 
 @pytest.fixture
 def batches_go_wrong(monkeypatch):
@@ -76,8 +78,9 @@ def test_a_run_that_went_back_resumes_bit_for_bit(run, batches_go_wrong, dies_at
 def test_numbers_that_stay_bad_end_with_a_bundle_that_can_be_replayed(run, batches_go_wrong, monkeypatch, capsys):
     batches_go_wrong(('nan', 5, 10**6))
     with pytest.raises(NumericalError, match='the last 3 steps are not finite at step 7 after 2 rollbacks') as error:
-        run('train.max_skips=3', 'train.max_rollbacks=2', 'optimizer=adamw')
+        run('train.max_skips=3', 'train.max_rollbacks=2', 'optimizer=adamw', f'name={SECRET}')
     assert error.value.exit_code == 76
+    assert SECRET not in (run.path / 'failure' / 'bundle.json').read_text()  # people attach it to reports
     bundle = json.loads((run.path / 'failure' / 'bundle.json').read_text())
     assert [b['step'] for b in bundle['batches']] == [4, 5, 6]
     assert bundle['checkpoint'] == 4
@@ -90,6 +93,30 @@ def test_numbers_that_stay_bad_end_with_a_bundle_that_can_be_replayed(run, batch
     _, _, path = run('train.duration=1 step', folder='good')
     with pytest.raises(UsageError, match='has no failure to replay'):
         replay.report(path, [], False)
+
+
+def test_a_streak_longer_than_what_is_kept_goes_back_to_the_oldest_that_is(run, batches_go_wrong):
+    """The guard has kept the state as it was, so that a checkpoint from within is as good as one from before."""
+    batches_go_wrong(('nan', 3, 9))
+    few = ('checkpoint.every=2 steps', 'checkpoint.keep=1', 'log.every=10 steps', 'train.max_skips=3')
+    summary, records, path = run(*few)
+    (event,) = events_of(path, 'rollback')
+    assert (event['step'], event['to']) == (10, 8)
+    assert summary['step'] == 12
+    assert summary['skipped_steps'] == 5  # those up to the checkpoint; it was not begun anew
+    assert [r['step'] for r in by_split(records, 'train')] == [10, 12]
+
+
+def test_a_spike_that_no_checkpoint_is_older_than_deletes_nothing(run, batches_go_wrong):
+    batches_go_wrong(('spike', 168, 10**6))
+    with pytest.raises(NumericalError, match='no checkpoint from before is kept') as error:
+        run(
+            'train.duration=220 steps', 'optimizer.learning_rate=0.01', 'log.every=60 steps', 'checkpoint.every=1 step',
+            'checkpoint.keep=1', 'evaluate.every=0 steps', 'evaluate.final=validation', 'train.spike_sigmas=20',
+        )  # fmt: skip
+    assert 'config.checkpoint.keep' in error.value.fix
+    assert [p.name for p in (run.path / 'checkpoints').iterdir()] == ['179']  # those of before the 168th are gone
+    assert (run.path / 'failure' / 'bundle.json').exists()
 
 
 def test_a_loss_that_jumps_makes_the_run_go_back(run, batches_go_wrong):
