@@ -39,6 +39,11 @@ class Journal:
             self._waiting.append(line)
         self.flush()
 
+    def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Of the records that wait only those that are `wanted`."""
+        with self._lock:
+            self._waiting = [line for line in self._waiting if wanted(json.loads(line))]
+
     def waiting(self) -> list[dict[str, Any]]:
         """The records that are not known to be in the file."""
         with self._lock:

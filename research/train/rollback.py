@@ -131,7 +131,7 @@ def _back(
         )
         for kept in checkpoints:
             kept.drop_after(at)
-        run.directory.keep_metrics_until(at)
+        run.writer.keep_until(at)
         kept, earlier = meta.get('seconds', {}), run.earlier.get('seconds', {})
         run.clock.lose({name: max(kept.get(name, 0.0), earlier.get(name, 0.0)) for name in LOST}, LOST)
         run.remember(at)

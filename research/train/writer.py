@@ -43,6 +43,12 @@ class Writer:
         waiting = [] if self._journal is None else self._journal.waiting()
         return self._directory.read_metrics() + waiting
 
+    def keep_until(self, step: int) -> None:
+        """Drops the records after `step`, on disk and waiting."""
+        if self._journal is not None:
+            self._journal.keep(lambda record: record['step'] <= step)
+            self._directory.keep_metrics_until(step)
+
     def flush(self, sync: bool = False) -> str | None:
         """Writes what waits; says, and returns, why that is impossible. `sync`: down to the disk, against a power cut."""
         problem = None if self._journal is None else self._journal.flush(sync)

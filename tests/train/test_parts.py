@@ -118,9 +118,11 @@ def test_records_that_wait_for_the_disk_are_told_of_and_count(tmp_path):
         assert 'No such file' in writer.flush(sync=True)
         assert [r['step'] for r in writer.records()] == [1, 2]
         directory.create()
+        writer.keep_until(1)
         assert writer.flush(sync=True) is None
-        assert [r['step'] for r in writer.records()] == [1, 2]
-    assert [r['step'] for r in directory.read_metrics()] == [1, 2]
+        assert [r['step'] for r in writer.records()] == [1]
+        writer.write(2, 'validation', 1.0, {'loss': 0.5})
+    assert [(r['step'], r['loss']) for r in directory.read_metrics()] == [(1, 0.25), (2, 0.5)]
 
 
 def test_records_after_a_step_are_dropped(tmp_path):
