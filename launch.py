@@ -99,7 +99,8 @@ def main(argv: list[str]) -> int:
     try:
         with guardian.watching(guardian.process_start()) as watch:
             parsed = parse(argv)
-            watch.enter('start' if FLAGS.mode == 'train' else guardian.TOOL)
+            if FLAGS.mode != 'train':
+                watch.enter(guardian.TOOL)
             dispatch(parsed)
     except BrokenPipeError:  # the reader of our output (head, less) has enough
         return ExitCode.DONE

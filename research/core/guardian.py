@@ -16,7 +16,6 @@ on macOS, faulthandler ends the process, with code 1.)
 """
 
 import contextlib
-import ctypes
 import faulthandler
 import math
 import os
@@ -30,6 +29,7 @@ from types import FrameType
 from typing import IO, Any
 
 from research.core.errors import ExitCode, Interrupted, exit_code
+from research.core.exit_timer import ExitTimer
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 TOOL = 'tool'  # a mode that trains nothing: without a bound, for somebody waits for it
@@ -79,7 +79,7 @@ class Guardian:
         self._close = threading.Event()
         self._thread = threading.Thread(target=self._work, name='guardian', daemon=True)
         self._before: dict[int, Any] = {}
-        self._timer = Timer()
+        self._timer = ExitTimer()
         self._armed = 0.0
 
     def start(self) -> None:
@@ -140,7 +140,7 @@ class Guardian:
     def end(self, status: str, code: int, message: str) -> None:
         """Ends the process without the main thread, which may be stuck: last words, then `_exit`."""
         self._timer.cancel()
-        Timer(code).arm(LAST_WORDS_S)  # they may need what the main thread holds, or a disk or a reader that has gone away
+        ExitTimer(code).arm(LAST_WORDS_S)  # they may need what the main thread holds, or a disk or a reader that has gone away
         with contextlib.suppress(Exception):
             if sys.stdout.isatty():
                 sys.stdout.write('\x1b[?25h')  # the progress bar hid the cursor
@@ -273,46 +273,6 @@ def _tell(text: str) -> None:
     with contextlib.suppress(Exception):
         sys.stderr.write(text)
         sys.stderr.flush()
-
-
-class Timer:
-    """A POSIX timer that calls `_exit(code)` in a thread of C: it needs no Python, so a held lock cannot stop it."""
-
-    def __init__(self, code: int = ExitCode.WATCHDOG) -> None:
-        libc = ctypes.CDLL(None, use_errno=True)
-        self.exists = all(hasattr(libc, name) for name in ('timer_create', 'timer_settime', '_exit'))
-        if not self.exists:
-            return
-        event = _Event(value=int(code), notify=2, function=ctypes.cast(libc._exit, ctypes.c_void_p).value)
-        self._libc, self._id = libc, ctypes.c_void_p()
-        self.exists = libc.timer_create(time.CLOCK_MONOTONIC, ctypes.byref(event), ctypes.byref(self._id)) == 0
-
-    def arm(self, seconds: float) -> None:
-        """Goes off after `seconds`, unless it is armed anew before."""
-        if self.exists:
-            whole = int(seconds)
-            when = (ctypes.c_long * 4)(0, 0, whole, int((seconds - whole) * 1e9))  # interval, then value: seconds, nanoseconds
-            self._libc.timer_settime(self._id, 0, when, None)
-
-    def cancel(self) -> None:
-        """Never goes off."""
-        if self.exists:
-            self._libc.timer_settime(self._id, 0, (ctypes.c_long * 4)(), None)
-            self._libc.timer_delete(self._id)
-            self.exists = False
-
-
-class _Event(ctypes.Structure):
-    """`struct sigevent` of Linux with SIGEV_THREAD (2): 64 bytes."""
-
-    _fields_ = (
-        ('value', ctypes.c_void_p),
-        ('signal', ctypes.c_int),
-        ('notify', ctypes.c_int),
-        ('function', ctypes.c_void_p),
-        ('attributes', ctypes.c_void_p),
-        ('rest', ctypes.c_char * 32),
-    )
 
 
 _current: Guardian | None = None
