@@ -97,7 +97,7 @@ def train(experiment: schema.Experiment, workdir: pathlib.Path, overrides: list[
 def main(argv: list[str]) -> int:
     """Runs the command; returns its exit code. A failure that is expected is told in at most three lines."""
     try:
-        with guardian.watching(guardian.process_start()) as watch:
+        with guardian.watching(guardian.process_start(), owned=True) as watch:
             parsed = parse(argv)
             if FLAGS.mode != 'train':
                 watch.enter(guardian.TOOL)
@@ -108,7 +108,7 @@ def main(argv: list[str]) -> int:
         if FLAGS.is_parsed() and FLAGS.debug:
             traceback.print_exc()
         message, code = explain(error)
-        print(f'error: {message}', file=sys.stderr)
+        files.tell(f'error: {message}\n')
         return code
     return ExitCode.DONE
 

@@ -43,7 +43,7 @@ class Column:
 
 ALL, PAIR = tuple(PLACES), tuple(place for place in PLACES if place != 'start')  # before they have met, two are not promised
 SECOND = tuple(place for place in PAIR if place not in MAIN_ONLY)
-STOPS = ('term', 'int', 'usr1')
+STOPS = ('term', 'int', 'usr1', 'hup')
 BOUNDS = tuple(f'--config.watchdog.{phase}={BOUND_S}' for phase in ('restore', 'compile', 'data', 'train', 'evaluate', 'save'))
 HUNG = ('restore', 'compile', 'data', 'train', 'evaluate', 'save')
 COLUMNS = (

@@ -26,7 +26,7 @@ from bench.accuracy import cpu_name
 from bench.fault_runs import Course, Life, newest, struck
 
 PHASES = ('start', 'restore', 'compile', 'data', 'train', 'evaluate', 'save')
-STOPS = ('term', 'int', 'usr1')
+STOPS = ('term', 'int', 'usr1', 'hup')
 WITHIN_S = 10.0  # from a signal to the end
 
 

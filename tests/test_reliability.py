@@ -43,7 +43,7 @@ SIGNALS = [
     ('usr1@data:33', 32),
     ('term@evaluate:1', 60),
     ('int@save:3', 80),  # the first two are those of step 60
-    ('slow@90-90,term@data:11', 90),  # while a read hangs
+    ('slow@90-90,hup@data:11', 90),  # while a read hangs
     ('usr1@evaluate:1', 120),  # that of the last step, which is then left to the next life
 ]
 
@@ -58,7 +58,10 @@ def test_a_signal_is_heard_in_every_phase(base, tmp_path):
         assert max(saved, default=None) == step, fault
         if step is not None:
             assert events(course, 'exit')[-1]['code'] == 75
+        assert 'took over' not in life.told[0]  # each has given the lock back
+        assert not (course.workdir / 'stacks.txt').exists() or step is None  # left at once
     course.run()
+    assert not (course.workdir / 'stacks.txt').exists()
     assert course.proof() == base.proof()
 
 

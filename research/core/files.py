@@ -1,5 +1,6 @@
 """Small file operations that survive a crash: atomic writes, JSON lines, fingerprints; and where this user's files lie."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -59,6 +60,13 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return record if isinstance(record, dict) else None
+
+
+def tell(text: str) -> None:
+    """Writes to standard error, if anybody still reads it."""
+    with contextlib.suppress(Exception):
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 def settle_output() -> None:

@@ -6,8 +6,9 @@
 
 *Signals.* Python runs a signal handler only when the main thread is back from C++, where it may spend minutes (a compilation).
 The C-level handler writes a byte into a pipe at once, and the guardian reads it. The first signal asks the run to stop: where
-the main thread has nothing to lose (`NOTHING_TO_LOSE`) the process ends after `START_GRACE_S`, elsewhere after `grace` seconds
-unless the main thread has saved and gone before. The second ends the process at once.
+the main thread has nothing to lose (`NOTHING_TO_LOSE`) the process ends: at once if it is `owned` by the command line and alone
+(an exception from a signal handler can be swallowed, as in the middle of an import), else after `START_GRACE_S`. Elsewhere it
+ends after `grace` seconds unless the main thread has saved and gone before. The second signal ends the process at once.
 
 *Hangs.* Each phase has a bound in seconds (`LIMITS`). When it is over without a beat, every thread's stack goes to the stack
 file and the process ends with 124. If the guardian cannot run itself, because something holds Python's lock, two timers of C do
@@ -28,10 +29,11 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import IO, Any
 
+from research.core import files
 from research.core.errors import ExitCode, Interrupted, exit_code
 from research.core.exit_timer import ExitTimer
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # the last where nohup has not asked to ignore it
 TOOL = 'tool'  # a mode that trains nothing: without a bound, for somebody waits for it
 NOTHING_TO_LOSE = ('start', 'restore', 'compile', TOOL)  # no step is done that is not on disk
 LEAVE_AT_ONCE = ('data',)  # where a single process may be interrupted anywhere without loss
@@ -57,12 +59,14 @@ class Guardian:
     Attributes:
       stopped: name of the first signal; None as long as none came.
       alone: this process may stop without asking others.
+      owned: it may be ended where nothing is lost by that; False where a notebook, say, has more to do than to train.
       grace: seconds from the first signal to the end, saved or not.
       on_stop: called in the guardian's thread with the name of the first signal.
       last_words: called with (status, exit code) before the guardian ends the process.
     """
 
-    def __init__(self, since: float | None = None) -> None:
+    def __init__(self, since: float | None = None, owned: bool = False) -> None:
+        self.owned = owned
         self.since = time.monotonic() if since is None else since
         self.stopped: str | None = None
         self.alone, self.grace = True, 25.0
@@ -88,7 +92,8 @@ class Guardian:
         os.set_blocking(self._write, False)
         if threading.current_thread() is threading.main_thread():
             self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            wanted = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._handle) for number in wanted}
         self._thread.start()
 
     def close(self) -> None:
@@ -131,9 +136,10 @@ class Guardian:
         """Drops tasks and callbacks: what they belong to is over."""
         self._tasks, self.on_stop, self.last_words, self.alone = [], None, None, True
 
-    def stacks_to(self, path: str | os.PathLike[str]) -> None:
-        """Stacks go to this file from now on."""
-        before, self._stacks = self._stacks, open(path, 'a', encoding='utf-8')  # noqa: SIM115 - open as long as the guardian
+    def stacks_to(self, path: str | os.PathLike[str] | None) -> None:
+        """Stacks go to this file from now on; None: to standard error."""
+        new = sys.__stderr__ or sys.stderr if path is None else open(path, 'a', encoding='utf-8')  # noqa: SIM115 - it stays open
+        before, self._stacks = self._stacks, new
         self._arm(self._beat + self._limit())  # the timers hold the old file
         self._close_stacks(before)
 
@@ -156,7 +162,7 @@ class Guardian:
         """In the main thread, as soon as it runs Python again."""
         del frame
         self._first(signal.Signals(number).name)
-        if self.alone and (self._can_leave() or self.phase in LEAVE_AT_ONCE):
+        if self.alone and (self.phase in LEAVE_AT_ONCE or (self._can_leave() and not self.owned)):
             raise Interrupted(signal.Signals(number).name)
 
     def request(self, name: str) -> None:
@@ -186,27 +192,30 @@ class Guardian:
                 'KeyboardInterrupt', ExitCode.STOPPED, 'ended at once\n  fix: the same command goes on from the last checkpoint'
             )
         self._first(name)
-        _tell(f'\n{name}: stopping after this step, and saving; once more to quit at once\n')
+        if self.owned and self.alone and self._can_leave():
+            self._leave()
+        files.tell(f'\n{name}: stopping after this step, and saving; once more to quit at once\n')
         try:
             if self.on_stop is not None:
                 self.on_stop(name)
         except Exception as error:  # noqa: BLE001 - the thread must live to hear the next signal
-            _tell(f'\nwarning: {type(error).__name__}: {error}\n')
+            files.tell(f'\nwarning: {type(error).__name__}: {error}\n')
 
     def _check_grace(self) -> None:
         if self._stopped_at is None:
             return
         waited = time.monotonic() - self._stopped_at
         if self._can_leave() and waited > START_GRACE_S:
-            self.end(
-                'StoppedError',
-                ExitCode.STOPPED,
-                f'stopped by {self.stopped}; nothing was lost\n  fix: the same command goes on',
-            )
+            self._leave()
         if waited > self.grace:
             fix = 'the same command goes on from the last checkpoint; config.train.grace_seconds gives more time'
             told = f'stopped by {self.stopped}, but nothing could be saved within {self.grace:.0f} s ({self.phase})'
             self.end('StoppedError', ExitCode.STOPPED, f'{told}\n  fix: {fix}')
+
+    def _leave(self) -> None:
+        """Ends the process where there is nothing to lose."""
+        told = f'stopped by {self.stopped}; nothing was lost'
+        self.end('StoppedError', ExitCode.STOPPED, f'{told}\n  fix: the same command goes on')
 
     def _check_progress(self) -> None:
         limit, beat = self._limit(), self._beat
@@ -268,27 +277,20 @@ class _Task:
         self.due = time.monotonic() + seconds
 
 
-def _tell(text: str) -> None:
-    """To standard error, if anybody still reads it."""
-    with contextlib.suppress(Exception):
-        sys.stderr.write(text)
-        sys.stderr.flush()
-
-
 _current: Guardian | None = None
 
 
 @contextlib.contextmanager
-def watching(since: float | None = None) -> Iterator[Guardian]:
+def watching(since: float | None = None, owned: bool = False) -> Iterator[Guardian]:
     """The guardian of this process: the one that watches already, or a new one for the `with` block.
 
-    `since`: when the process began, in the time of `time.monotonic`; None: now.
+    `since`: when the process began, in the time of `time.monotonic`; None: now. `owned`: see `Guardian`.
     """
     global _current
     if _current is not None:
         yield _current
         return
-    mine = Guardian(since)
+    mine = Guardian(since, owned)
     mine.start()
     _current = mine
     try:

@@ -59,7 +59,7 @@ class Lock:
             try:
                 yield self
             finally:
-                self._give_back()
+                self.give_back()
 
     def read(self) -> dict[str, Any] | None:
         """What the lock file says; None if nobody holds the folder."""
@@ -105,7 +105,8 @@ class Lock:
         except OSError:  # the storage does not answer: no sign of another process
             return False
 
-    def _give_back(self) -> None:
+    def give_back(self) -> None:
+        """Nobody holds the folder any more, if this process did."""
         with self._turn:
             self._is_over = True  # a beat that comes later would say that this process still holds it
             with contextlib.suppress(OSError):

@@ -38,6 +38,7 @@ DAMAGE = (
     ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, SyntaxError, TypeError, ValueError,
     lzma.LZMAError, struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
+TOLD = 5  # new bad records that a person hears of; all are written down
 READ = 4096  # records that are read at once for their labels
 TRIES = 1000  # records that are looked at for the shape of a good one
 
@@ -88,9 +89,17 @@ class BadRecords:
       path: read if it is there, so that a resumed run goes on counting; new records are appended.
       share: of the records of a split that may be bad.
       process: each process of a run writes what it has read itself, and begins with what any of them knows.
+      say: hears of the first `TOLD` new ones.
     """
 
-    def __init__(self, path: pathlib.Path | None = None, share: float = 0.01, process: int = 0):
+    def __init__(
+        self,
+        path: pathlib.Path | None = None,
+        share: float = 0.01,
+        process: int = 0,
+        say: Callable[[str], None] = lambda text: None,
+    ):
+        self._say, self._told = say, 0
         self.share = share
         own = path if path is None or not process else path.with_suffix(f'.{process}{path.suffix}')
         self._journal = None if own is None else Journal(own)
@@ -117,6 +126,10 @@ class BadRecords:
             found = self._found.setdefault(split, set())
             if key not in found:
                 found.add(key)
+                self._told += 1
+                if self._told <= TOLD:
+                    more = '; no more are told of' if self._told == TOLD else ''
+                    self._say(f'warning: {error.message}; it is left out{more}')
                 if self._journal is not None:
                     entry = {'split': split, 'shard': error.shard, 'record': error.record, 'reason': error.reason}
                     self._journal.append(entry)

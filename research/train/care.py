@@ -29,6 +29,8 @@ def watched(directory: RunDirectory, watch: Guardian, clock: Clock, say: Callabl
 
         def last_words(status: str, code: int) -> None:
             directory.event('exit', status=status, code=code, seconds=clock.own())
+            if hosts.is_main():
+                directory.lock.give_back()
             peers.leave()
 
         watch.last_words = last_words
@@ -69,6 +71,9 @@ def bounded(experiment: Experiment, directory: RunDirectory, watch: Guardian) ->
     finally:
         watch.forget()
         watch.limits, watch.grace = before
+        watch.stacks_to(None)
+        if hosts.is_main() and directory.stacks.exists() and not directory.stacks.stat().st_size:
+            directory.stacks.unlink()  # who finds one shall know that the watchdog was here
 
 
 @contextlib.contextmanager

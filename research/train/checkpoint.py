@@ -332,6 +332,8 @@ class Checkpoints:
         self.event('corrupt', step=step, folder=self.folder.name, reason=str(error))
         if self.writable and hosts.is_main():
             self.say(f'       it is kept as {self.put_away(step)}; trying the checkpoint before it')
+        elif not self.writable:
+            self.say('       it is left as it is; trying the checkpoint before it')
 
     def put_away(self, step: int) -> str:
         """Takes the name of a checkpoint from what is none; returns the new name."""

@@ -4,8 +4,8 @@
 
 `what@place:n`, at the n-th time (from 1) that a process enters a phase of the clock (`start`, `restore`, `compile`, `data`,
 `train`, `evaluate`, `save`) or comes to `manifest` (arrays written, no manifest yet) or `rename` (manifest written, not yet
-named): `kill` (SIGKILL), `term`, `int`, `usr1` (the signal to itself), `hang` (sleeps), `gil` (sleeps with Python's lock),
-`full` (no file may grow any more: RLIMIT_FSIZE), `room` (it may again).
+named): `kill` (SIGKILL), `term`, `int`, `usr1`, `hup` (the signal to itself), `hang` (sleeps), `gil` (sleeps with Python's
+lock), `full` (no file may grow any more: RLIMIT_FSIZE), `room` (it may again).
 `nan@a-b`, `spike@a-b`, `slow@a-b`: the batches a to b of the plan give NaN, or have other labels, or take a minute each.
 `ids@a-b`: tells on standard error which examples these batches hold.
 `flip@k`: the first run of step k computes one wrong bit, as a broken device does.
@@ -100,6 +100,7 @@ STRIKES: dict[str, Callable[[], Any]] = {
     'term': _signal(signal.SIGTERM),
     'int': _signal(signal.SIGINT),
     'usr1': _signal(signal.SIGUSR1),
+    'hup': _signal(signal.SIGHUP),
     'hang': lambda: time.sleep(3600),
     'gil': lambda: ctypes.PyDLL(None).sleep(3600),
     'full': _limit(64),

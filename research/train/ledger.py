@@ -270,7 +270,8 @@ def _ending(life: Life, is_last: bool) -> str:
 
 def _value(name: str, value: Any) -> str:
     """A metric and its value; null, which stands for NaN and infinity in JSON, is told of and not left out."""
-    return f'{name} {value:.4g}' if isinstance(value, (int, float)) else f'{name} {"not finite" if value is None else value}'
+    missing = 'unknown' if name == 'mfu' else 'not finite'
+    return f'{name} {value:.4g}' if isinstance(value, (int, float)) else f'{name} {missing if value is None else value}'
 
 
 def _time(seconds: float) -> str:

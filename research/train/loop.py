@@ -7,6 +7,7 @@ evaluation -> summary. Features are components, wrappers of the step (`step.py`)
 import collections
 import contextlib
 import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -103,7 +104,8 @@ def _prepare(
     """Everything before the first array: data, task, facts, abstract state, run.json."""
     if (warning := cache.enable()) is not None:
         reporter.say(warning)
-    bad_records = start.bad_records(experiment, directory)
+    start.clear_other(experiment, directory, reporter.say)
+    bad_records = start.bad_records(experiment, directory, reporter.say)
     splits, spec = build_splits(experiment.data, bad_records)
     data_fingerprint = fingerprint(splits['train'])
     start.check_fingerprint(directory, data_fingerprint, allow_change)
@@ -255,6 +257,9 @@ def _finish(run: Run, state: TrainState, parts: build.Parts, best: Checkpoints |
     }
     if hosts.is_main():
         files.write_json(run.directory.summary, summary)
+        shutil.rmtree(run.directory.failure.parent, ignore_errors=True)  # of a life that gave up, with another config
+    if summary['bad_records']:
+        run.reporter.say(f'bad records left out: {summary["bad_records"]}, see {run.directory.bad_records}')
     run.reporter.say(spent.one_line())
     run.reporter.say(f'summary: {run.directory.summary}')
     run.reporter.phase('done')

@@ -19,7 +19,11 @@ FOREIGN = re.compile(r"""(?:^|[\s('",=\[])([A-Za-z_][\w.]*:[A-Za-z_]\w*)""")
 
 
 def recorded(
-    workdir: pathlib.Path, overrides: list[str], trust: bool = False, purpose: str = 'an evaluation'
+    workdir: pathlib.Path,
+    overrides: list[str],
+    trust: bool = False,
+    purpose: str = 'an evaluation',
+    needs_checkpoint: bool = True,
 ) -> tuple[RunDirectory, Experiment]:
     """The run in `workdir` and its experiment with `overrides`.
 
@@ -29,6 +33,7 @@ def recorded(
       trust: accept components that the recorded config names as `package.module:Thing`. A run directory may come from
         anyone, and such a name can call any function, so it is refused by default.
       purpose: what the run is opened for, in errors.
+      needs_checkpoint: a run that has saved none is refused.
 
     Raises:
       UsageError: there is no run, or no checkpoint, in `workdir`; it names components that are not trusted; or an override
@@ -36,8 +41,10 @@ def recorded(
     """
     directory = RunDirectory(workdir)
     run = directory.read_run()
-    if run is None or not directory.checkpoints.is_dir():
-        raise UsageError(f'{workdir} holds no run', 'give the --workdir of a run that saved a checkpoint')
+    if run is None:
+        raise UsageError(f'{workdir} holds no run', 'give the --workdir of a run that was started')
+    if needs_checkpoint and not directory.checkpoints.is_dir():
+        raise UsageError(f'the run in {workdir} has saved no checkpoint', 'train it further: the same command goes on')
     names = foreign(run['config'])
     if names and not trust:
         raise UsageError(f'the run in {workdir} names code outside Fulcrum: {names[0]}', 'if you trust it, add --trust_run')

@@ -57,7 +57,8 @@ class Reporter:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._progress.stop()
+        with contextlib.suppress(OSError):  # the terminal is gone
+            self._progress.stop()
 
     @property
     def table_width(self) -> int:

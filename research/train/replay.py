@@ -7,12 +7,14 @@ at the first that gives NaN or infinity out of none.
 
 import contextlib
 import dataclasses
+import io
 import json
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from research.core.errors import NumericalError, UsageError
@@ -22,10 +24,12 @@ from research.data.plan import plan_of
 from research.parallel import cache, memory
 from research.parallel import mesh as meshes
 from research.train import build, rollback, start
-from research.train.checkpoint import Checkpoints
+from research.train.checkpoint import NUMBERS_FIX, Checkpoints
 from research.train.open_run import recorded
 from research.train.state import TrainState
 from research.train.step import Step
+
+HUGE = 1e6  # a parameter beyond it was made by the steps before
 
 
 def report(workdir: pathlib.Path, overrides: list[str], trust: bool) -> None:
@@ -37,7 +41,7 @@ def report(workdir: pathlib.Path, overrides: list[str], trust: bool) -> None:
     """
     memory.keep_freed()
     cache.enable()
-    directory, experiment = recorded(workdir, overrides, trust, 'a replay')
+    directory, experiment = recorded(workdir, overrides, trust, 'a replay', needs_checkpoint=False)
     if not directory.failure.exists():
         raise UsageError(f'{workdir} has no failure to replay', 'only a run that ended with code 76 has one')
     bundle = json.loads(directory.failure.read_text(encoding='utf-8'))
@@ -75,15 +79,24 @@ def _take(unguarded: Step, guarded: Step, state: TrainState, feed: Feed, batches
                 _, terms = unguarded(state, batch)
                 loss, weight = (float(x) for x in terms['loss'])
             except FloatingPointError as error:
-                raise NumericalError(
-                    f'step {step}: {" ".join(str(error).split())[:160]}', f'the examples are {ids[:8]}, ...: look at them'
-                ) from error
+                told, largest = ' '.join(str(error).split())[:160], _largest(state)
+                if largest > HUGE:
+                    fix = f'before it the largest parameter is {largest:.2g} already: {NUMBERS_FIX}'
+                else:
+                    fix = f'the examples are {ids[:8]}, ...: look at them (rows of the training split)'
+                raise NumericalError(f'step {step + 1}: {told}', fix) from error
         print(f'step {step + 1}: loss {loss / max(weight, 1e-30):.6g}, gradient norm {float(terms["gradient_norm"][0]):.4g}')
         state, _ = guarded(state, batch)
     print('every number of these steps is finite: the losses above show the jump')
 
 
+def _largest(state: TrainState) -> float:
+    """The largest magnitude among the parameters."""
+    return max(float(jnp.max(jnp.abs(leaf.astype(jnp.float32)), initial=0.0)) for leaf in jax.tree.leaves(state.params))
+
+
 @contextlib.contextmanager
 def _debugging() -> Iterator[None]:
-    with jax.debug_nans(True), jax.debug_infs(True):
+    # jax prints that it takes the step again, operation by operation.
+    with jax.debug_nans(True), jax.debug_infs(True), contextlib.redirect_stdout(io.StringIO()):
         yield

@@ -162,8 +162,9 @@ def _given_up(run: Run, bad: BadNumbersError, checkpoints: Checkpoints, is_too_l
     run.directory.event('failure', step=bad.step, reason=bad.reason, bundle=str(path))
     times = f' after {len(run.windows)} rollbacks' if run.windows else ''
     late = ', and no checkpoint from before is kept' if is_too_late else ''
-    more = ' raise config.checkpoint.keep;' if is_too_late else ''
+    fix = f'{NUMBERS_FIX} (in another --workdir, or with --allow_config_change)'
+    fix += '; raise config.checkpoint.keep' if is_too_late else ''
     return NumericalError(
         f'{bad.reason} at step {bad.step}{times}{late}; what led there is in {path}',
-        f'{NUMBERS_FIX};{more} --mode=replay --workdir={run.directory.path} shows where',
+        f'{fix}; --mode=replay --workdir={run.directory.path} shows where',
     )

@@ -14,6 +14,7 @@ summary.json     at the end: status, metrics, and what the run spent
 import json
 import os
 import pathlib
+import shutil
 import time
 from typing import Any
 
@@ -95,10 +96,24 @@ class RunDirectory:
         if self.metrics.exists() and not self.is_silent:
             cut(self.metrics, lambda record: record['step'] <= step)
 
+    def clear(self) -> None:
+        """Deletes what an earlier run has left that saved nothing."""
+        for path in (self.metrics, self.events, self.rollbacks, self.stacks, *self.path.glob('bad_records*.jsonl')):
+            path.unlink(missing_ok=True)
+        for path in (self.best, self.tensorboard, self.failure.parent):
+            shutil.rmtree(path, ignore_errors=True)
+
 
 def digest(experiment: Experiment) -> str:
     """A fingerprint of the whole config."""
     return files.digest([json.dumps(fields.to_plain(experiment), sort_keys=True)])
+
+
+def changes_of(experiment: Experiment, run: dict[str, Any]) -> list[schema.Change]:
+    """What differs from the config in `run.json` so that one cannot go on from the other."""
+    # A recorded config has no secrets in it: it is compared with the new one without them.
+    recorded, wanted = schema.resolve(run['config']), schema.resolve(redact(fields.to_plain(experiment)))
+    return [change for change in schema.differences(recorded, wanted) if not change.resumable]
 
 
 def finished(experiment: Experiment, directory: RunDirectory, allow_change: bool) -> dict[str, Any] | None:
@@ -110,9 +125,7 @@ def finished(experiment: Experiment, directory: RunDirectory, allow_change: bool
     run = directory.read_run()
     if run is None or not directory.has_progress():
         return None
-    # A recorded config has no secrets in it: it is compared with the new one without them.
-    recorded, wanted = schema.resolve(run['config']), schema.resolve(redact(fields.to_plain(experiment)))
-    changes = [c for c in schema.differences(recorded, wanted) if not c.resumable]
+    changes = changes_of(experiment, run)
     if changes and not allow_change:
         listed = ', '.join(str(change) for change in changes[:3]) + (', ...' if len(changes) > 3 else '')
         raise UsageError(

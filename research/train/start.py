@@ -11,6 +11,7 @@ import dataclasses
 import pathlib
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ from research.train import partial
 from research.train.build import Parts
 from research.train.checkpoint import Checkpoints
 from research.train.run import Run
-from research.train.run_directory import RunDirectory
+from research.train.run_directory import RunDirectory, changes_of
 from research.train.state import TrainState
 from research.train.weights import read
 
@@ -37,11 +38,19 @@ FIX = (
 )
 
 
-def bad_records(experiment: Experiment, directory: RunDirectory) -> BadRecords | None:
+def bad_records(experiment: Experiment, directory: RunDirectory, say: Callable[[str], None]) -> BadRecords | None:
     """Where the records that cannot be read are counted; None where the first one stops the run."""
     if experiment.data.on_bad_record == 'stop':
         return None
-    return BadRecords(directory.bad_records, experiment.data.max_bad_share, hosts.index())
+    return BadRecords(directory.bad_records, experiment.data.max_bad_share, hosts.index(), say)
+
+
+def clear_other(experiment: Experiment, directory: RunDirectory, say: Callable[[str], None]) -> None:
+    """Deletes what a run with another config has left here, if it saved nothing: it is not this run's past."""
+    run = directory.read_run()
+    if run is not None and not directory.has_progress() and changes_of(experiment, run) and hosts.is_main():
+        directory.clear()
+        say(f'begun anew: the run in {directory.path} had another config, and has saved nothing')
 
 
 def check_fingerprint(directory: RunDirectory, fingerprint: str, allow_change: bool) -> None:

@@ -41,31 +41,45 @@ def report(workdir: pathlib.Path, overrides: list[str], trust: bool) -> None:
         except UsageError as error:
             may_rename = False
             print(f'note: {str(error).splitlines()[0]}: nothing is renamed')
-        damaged = [f'{folder.name}/{name}' for folder in folders for name in scrub(folder, may_rename)]
+        found = {folder.name: scrub(folder, may_rename) for folder in folders}
+    damaged = [f'{folder}/{name}' for folder, (_, names) in found.items() for name in names]
     if damaged:
-        raise StorageError(f'{len(damaged)} damaged: {", ".join(damaged)}', 'the same command goes on from the newest good one')
+        if found.get('checkpoints', (0, []))[0]:
+            fix = 'training goes on from the newest good one'
+        else:
+            fix = 'restore a checkpoint from a backup, or train anew in another --workdir'
+        raise StorageError(f'{len(damaged)} damaged: {", ".join(damaged)}', fix)
 
 
-def scrub(folder: pathlib.Path, may_rename: bool) -> list[str]:
-    """Proves every checkpoint in `folder`, prints a line for each, and returns the names of the damaged ones."""
+def scrub(folder: pathlib.Path, may_rename: bool) -> tuple[int, list[str]]:
+    """Proves every checkpoint in `folder` and prints a line for each; how many are good, and the names of those that are not.
+
+    What was put away earlier and is damaged is told of, but counts no more as long as there is a good one.
+    """
     checkpoints = Checkpoints(folder, writable=False)
-    damaged, good, returning = [], False, []
-    found = [match for path in folder.iterdir() if (match := NAME.fullmatch(path.name))]
-    for match in sorted(found, key=lambda match: int(match[1])):
-        name = match[0]
+    good, damaged, old, returning = 0, [], [], []
+    matches = [match for path in folder.iterdir() if (match := NAME.fullmatch(path.name))]
+    for match in sorted(matches, key=lambda match: int(match[1])):
+        name, step, is_away = match[0], match[1], bool(match[2])
         try:
             print(f'{folder.name}/{name}  {checkpoints.verify(name)}', flush=True)
         except CorruptError as error:
-            print(f'{folder.name}/{name}  DAMAGED: {error}', flush=True)
-            damaged.append(name)
-            if may_rename and not match[2]:
-                checkpoints.put_away(int(name))
+            if is_away:
+                print(f'{folder.name}/{name}  damaged, put away earlier: {error}', flush=True)
+                old.append(name)
+            else:
+                renamed = f'; renamed to {checkpoints.put_away(int(name))}' if may_rename else ''
+                print(f'{folder.name}/{name}  DAMAGED: {error}{renamed}', flush=True)
+                damaged.append(name)
             continue
-        good |= not match[2]
-        if match[2] and not (folder / match[1]).exists():
-            returning.append(match)
+        good += not is_away
+        if is_away and not (folder / step).exists():
+            returning.append((name, step))
     if may_rename and not good and returning:
-        name, step = returning[-1][0], returning[-1][1]
+        name, step = returning[-1]
         (folder / name).rename(folder / step)
         print(f'{folder.name}/{step}  has its name back')
-    return damaged
+        good = 1
+    if old and good:
+        print(f'note: nothing needs {", ".join(f"{folder.name}/{name}" for name in old)} any more: delete it when you like')
+    return good, damaged + ([] if good else old)

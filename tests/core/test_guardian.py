@@ -13,7 +13,7 @@ import pytest
 from research.core import guardian
 
 ROOT = pathlib.Path(__file__).parents[2]
-SIGNALS = ('SIGTERM', 'SIGINT', 'SIGUSR1')
+SIGNALS = ('SIGTERM', 'SIGINT', 'SIGUSR1', 'SIGHUP')
 # Bounds are short, and a child that nothing ends is over after 20 seconds.
 CHILD = """
 import contextlib, ctypes, faulthandler, hashlib, os, signal, sys, threading, time
@@ -290,6 +290,39 @@ while True:
     found = child(tmp_path, body, 'SIGTERM')
     assert found.code == 75  # what it ends for, not the bound on last words
     assert found.seconds < 8
+
+
+@pytest.mark.parametrize('phase', ['start', 'restore', 'compile', guardian.TOOL])
+def test_a_process_of_the_command_line_ends_at_once_where_nothing_is_lost(tmp_path, phase):
+    """Whatever its main thread does: an exception may be swallowed, as by a callback of the garbage collector."""
+    body = f"""
+watch.owned = True
+watch.enter({phase!r})
+say('ready')
+while True:
+    try:
+        time.sleep(0.01)
+    except BaseException as error:
+        say('raised', error)
+"""
+    found = child(tmp_path, body, 'SIGTERM')
+    assert found.code == 75
+    assert found.seconds < 2
+    assert 'raised' not in found.out
+    assert 'last words StoppedError 75' in found.out
+    assert found.err.strip().split('\n') == ['error: stopped by SIGTERM; nothing was lost', '  fix: the same command goes on']
+
+
+def test_what_nohup_ignores_stays_ignored(tmp_path):
+    body = """
+watch.enter('train')
+say('ready')
+time.sleep(1)
+say('stopped', watch.stopped)
+"""
+    found = child(tmp_path, body, 'SIGHUP', setup='signal.signal(signal.SIGHUP, signal.SIG_IGN)')
+    assert found.code == 0, found.err
+    assert 'stopped None' in found.out
 
 
 def test_a_tool_has_no_bound_and_can_be_left(tmp_path):

@@ -201,6 +201,13 @@ def test_verify_scrubs_a_run_and_gives_good_ones_their_name_back(victim, tmp_pat
     out = capsys.readouterr().out
     assert 'checkpoints/1  has its name back' in out
     assert 'checkpoints/2  DAMAGED' in out
+    assert '; renamed to 2.corrupt' in out
+    verify.report(tmp_path / 'run', [], False)  # what was put away counts no more
+    assert 'note: nothing needs checkpoints/2.corrupt any more' in capsys.readouterr().out
+    shutil.rmtree(folder / '1')
+    with pytest.raises(StorageError, match=r'1 damaged: checkpoints/2\.corrupt') as error:
+        verify.report(tmp_path / 'run', [], False)
+    assert 'from a backup' in error.value.fix
 
 
 def test_a_good_one_gets_its_name_back_only_where_none_is_good(victim, tmp_path, capsys):

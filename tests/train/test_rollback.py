@@ -119,6 +119,35 @@ def test_a_spike_that_no_checkpoint_is_older_than_deletes_nothing(run, batches_g
     assert (run.path / 'failure' / 'bundle.json').exists()
 
 
+def test_a_run_that_saved_nothing_is_replayed_from_scratch_and_leaves_no_past(run, batches_go_wrong, monkeypatch, capsys):
+    batches_go_wrong(('nan', 1, 10**6))
+    few = ('train.max_skips=2', 'train.max_rollbacks=1', 'checkpoint.every=0 steps')
+    with pytest.raises(NumericalError, match='another --workdir, or with --allow_config_change'):
+        run(*few)
+    assert not list((run.path / 'checkpoints').glob('*'))
+    monkeypatch.setattr(replay, 'make_feed', loop.make_feed)
+    with pytest.raises(NumericalError, match='nan'):
+        replay.report(run.path, [], False)
+    assert 'started from scratch' in capsys.readouterr().out
+    batches_go_wrong()
+    summary, records, path = run(*few, 'optimizer.learning_rate=0.002')  # another experiment, in the same place
+    _, clean, _ = run(*few, 'optimizer.learning_rate=0.002', folder='clean')
+    assert summary['rollbacks'] == 0
+    assert by_split(records, 'train') == by_split(clean, 'train')
+    assert not (path / 'failure').exists()
+    assert [e['event'] for e in events_of(path, 'start')] == ['start']
+
+
+def test_a_replay_tells_parameters_from_data(run, monkeypatch, capsys):
+    monkeypatch.setattr(replay, 'make_feed', loop.make_feed)
+    with pytest.raises(NumericalError):
+        run('optimizer=sgd', 'optimizer.learning_rate=1e30', 'train.max_skips=2', 'train.max_rollbacks=1')
+    with pytest.raises(NumericalError) as error:
+        replay.report(run.path, [], False)
+    assert 'the largest parameter is' in error.value.fix
+    assert 'De-optimized' not in capsys.readouterr().out
+
+
 def test_a_loss_that_jumps_makes_the_run_go_back(run, batches_go_wrong):
     batches_go_wrong(('spike', 168, 179))
     summary, records, path = run(
