@@ -32,6 +32,9 @@ TRANSIENT = (
 )
 
 
+ECHOES = ('Event loop is closed', 'Encountered error while reading array index')
+
+
 class ArrayStore:
     """Writes one tree at a time and reads any number."""
 
@@ -160,11 +163,11 @@ logging.getLogger('asyncio').addFilter(lambda record: not any(word in record.get
 
 
 def _hear_no_echo() -> None:
-    """Has tensorstore, whose threads come back to a loop that Orbax has closed after a failed write, print no tracebacks."""
+    """Has Python not print what threads of tensorstore still say when a write or read that failed has been reported."""
     before = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != 'Event loop is closed':
+        if not str(unraisable.exc_value).startswith(ECHOES):
             before(unraisable)
 
     sys.unraisablehook = hook
