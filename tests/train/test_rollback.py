@@ -12,7 +12,7 @@ from research.train.numbers import BASE, RECENT, BadNumbersError, Losses
 from research.train.rollback import Shifted, shifted
 from tests.train.test_loop import assert_identical, by_split, saved
 
-SECRET = '_'.join(('hf', 'a1B2c3D4e5' * 3))  # in parts: this file holds none
+FORM = '_'.join(('hf', 'a1B2c3D4e5' * 3))  # of a secret, in parts: this file holds none
 
 
 @pytest.fixture
@@ -78,9 +78,9 @@ def test_a_run_that_went_back_resumes_bit_for_bit(run, batches_go_wrong, dies_at
 def test_numbers_that_stay_bad_end_with_a_bundle_that_can_be_replayed(run, batches_go_wrong, monkeypatch, capsys):
     batches_go_wrong(('nan', 5, 10**6))
     with pytest.raises(NumericalError, match='the last 3 steps are not finite at step 7 after 2 rollbacks') as error:
-        run('train.max_skips=3', 'train.max_rollbacks=2', 'optimizer=adamw', f'name={SECRET}')
+        run('train.max_skips=3', 'train.max_rollbacks=2', 'optimizer=adamw', f'name={FORM}')
     assert error.value.exit_code == 76
-    assert SECRET not in (run.path / 'failure' / 'bundle.json').read_text()  # people attach it to reports
+    assert FORM not in (run.path / 'failure' / 'bundle.json').read_text()  # people attach it to reports
     bundle = json.loads((run.path / 'failure' / 'bundle.json').read_text())
     assert [b['step'] for b in bundle['batches']] == [4, 5, 6]
     assert bundle['checkpoint'] == 4
