@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
 from research.core.redact import HIDDEN, redact
@@ -310,6 +311,7 @@ def test_the_time_is_linear(piece):
 
 
 def test_provenance_holds_no_secret(monkeypatch):
+    jax.devices()  # while the suite's own flags are set: jax reads them once
     diff = f'+++ b/x.py\n+login(token="{X}")\n' + '+x = 1\n' * 100_000
     monkeypatch.setattr(provenance, '_git', lambda *arguments: diff if 'diff' in arguments else 'abc')
     monkeypatch.setattr(
