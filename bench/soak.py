@@ -15,6 +15,7 @@ import dataclasses
 import json
 import pathlib
 import random
+import re
 import shutil
 import tempfile
 import time
@@ -119,6 +120,7 @@ FAULTS = (
     Fault('damaged checkpoint', damage, ()),
 )
 WEIGHTS = (4, 3, 3, 1, 1, 2)
+COURSE = re.compile(r'^course \d+ \((\d) processes, (\d+) lives\): (.*?): (exact$|\[)', re.MULTILINE)
 
 
 class Soak:
@@ -128,8 +130,7 @@ class Soak:
         self.folder, self.rng = folder, random.Random(seed)  # noqa: S311 - no secret
         self.bases = {n: Course(folder / f'base{n}', processes=n).run() for n in (1, 2)}
         self.counts: collections.Counter[str] = collections.Counter()
-        self.exact: collections.Counter[int] = collections.Counter()
-        self.lives, self.lost = 0, []
+        self.lost, self.lines = [], []
 
     def course(self, number: int) -> None:
         """One course, judged."""
@@ -144,12 +145,9 @@ class Soak:
             wrong = [name for name, value in base.proof().items() if proof[name] != value] + course.leftovers()
         except Exception:  # noqa: BLE001 - every failure is a loss, and is told
             wrong = [traceback.format_exc()]
-        self.lives += len(course.lives)
-        self.exact[processes] += not wrong
-        print(
-            f'course {number} ({processes} processes, {len(course.lives)} lives): {", ".join(told)}: {wrong or "exact"}',
-            flush=True,
-        )
+        line = f'course {number} ({processes} processes, {len(course.lives)} lives): {", ".join(told)}: {wrong or "exact"}'
+        self.lines.append(line)
+        print(line, flush=True)
         if wrong:
             self.lost.append((number, told, wrong))
         else:
@@ -175,7 +173,11 @@ def main() -> int:
     parser.add_argument('--corruptions', type=int, default=300, help='damages to files of a checkpoint')
     parser.add_argument('--seed', type=int, default=None, help='of the random numbers; default: the time')
     parser.add_argument('--output', type=pathlib.Path, default=None, help='a JSON file for the numbers')
+    parser.add_argument('--tally', type=pathlib.Path, nargs='+', help='only adds up what runs, ended or not, have printed')
     options = parser.parse_args()
+    if options.tally:
+        print(tally('\n'.join(path.read_text(encoding='utf-8') for path in options.tally)))
+        return 0
     seed = int(time.time()) if options.seed is None else options.seed
     print(f'seed {seed}', flush=True)
     start = time.monotonic()
@@ -189,7 +191,7 @@ def main() -> int:
             soak.course(number)
             number += 1
     minutes = (time.monotonic() - start) / 60
-    print(table(soak, damaged, number, seed, minutes), fault_matrix.table(cells), sep='\n\n')
+    print(table(soak, damaged, seed, minutes), fault_matrix.table(cells), sep='\n\n')
     if options.output is not None:
         numbers = {'seed': seed, 'corruptions': damaged, 'faults': dict(soak.counts), 'courses': number, 'lost': soak.lost}
         numbers |= {'matrix': cells, 'lost in the matrix': lost}
@@ -197,19 +199,32 @@ def main() -> int:
     return 1 if soak.lost or lost or damaged['verified'].get('SILENTLY WRONG') else 0
 
 
-def table(soak: Soak, damaged: dict, courses: int, seed: int, minutes: float) -> str:
+def tally(printed: str) -> str:
+    """The table of the faults that the lines of any number of runs tell of."""
+    counts: collections.Counter[str] = collections.Counter()
+    exact, lives, lost = collections.Counter(), 0, 0
+    for processes, own, told, outcome in COURSE.findall(printed):
+        for fault in FAULTS:
+            struck_or_not = re.findall(rf'{re.escape(fault.kind)}(?: \[[^]]*\])?( \(missed\))?', told)
+            counts[fault.kind] += struck_or_not.count('')
+        lives += int(own)
+        exact[processes] += outcome == 'exact'
+        lost += outcome != 'exact'
+    rows = [f'| {kind} | {count} |' for kind, count in counts.most_common()]
+    told = (
+        f'{exact.total() + lost} courses with {lives} lives: {exact["1"]} of one process and {exact["2"]} of two ended bit '
+        f'for bit like the run that nothing happened to, {lost} were lost.'
+    )
+    return '\n'.join(['| fault | struck |', '|---|---|', *rows, f'| **all** | **{counts.total()}** |', '', told])
+
+
+def table(soak: Soak, damaged: dict, seed: int, minutes: float) -> str:
     """The tables of BENCHMARKS.md."""
-    rows = [f'| {kind} | {count} |' for kind, count in soak.counts.most_common()]
     kinds = sorted({*damaged['verified'], *damaged['orbax alone']})
     outcomes = [f'| {kind} | {damaged["verified"].get(kind, 0)} | {damaged["orbax alone"].get(kind, 0)} |' for kind in kinds]
-    told = (
-        f'{courses} courses with {soak.lives} lives: {soak.exact[1]} of one process and {soak.exact[2]} of two ended bit '
-        f'for bit like the run that nothing happened to, {len(soak.lost)} were lost. '
-        f'Seed {seed}, {minutes:.0f} minutes, {cpu_name()}.'
-    )
+    told = f'{tally(chr(10).join(soak.lines))} Seed {seed}, {minutes:.0f} minutes, {cpu_name()}.'
     head = f'| a restore after one of {damaged["n"]} damages to {damaged["files"]} files | verified | Orbax alone |'
-    total = f'| **all** | **{soak.counts.total()}** |'
-    return '\n'.join(['| fault | struck |', '|---|---|', *rows, total, '', told, '', head, '|---|---|---|', *outcomes])
+    return '\n'.join([told, '', head, '|---|---|---|', *outcomes])
 
 
 if __name__ == '__main__':
