@@ -29,6 +29,7 @@ from bench.fault_runs import Course, Life, newest, struck
 PHASES = ('start', 'restore', 'compile', 'data', 'train', 'evaluate', 'save')
 STOPS = ('term', 'int', 'usr1', 'hup')
 WITHIN_S = 10.0  # from a signal to the end
+SIGNAL = 'signal in a phase'
 
 
 @dataclasses.dataclass
@@ -114,7 +115,7 @@ def _any(course: Course, rng: random.Random) -> int:
 FAULTS = (
     Fault('kill -9 at a random time', kill_at_a_time, (0, -9, 134, -6)),
     Fault('kill -9 in a phase or commit', kill_at_a_place, (0, -9, 134, -6)),
-    Fault('signal in a phase', stop, (0, 75)),
+    Fault(SIGNAL, stop, (0, 75)),
     Fault('hang', hang, (0, 124, 134, -6)),
     Fault('disk full', full_disk, (0, 74, 134)),
     Fault('damaged checkpoint', damage, ()),
@@ -157,8 +158,9 @@ class Soak:
         life = fault.strike(course, self.rng, seconds)
         if isinstance(life, bool):
             has_struck, ended = life, ''
-        else:  # it may have been over before
+        else:  # it may have been over before, or nearly
             has_struck, ended = bool(struck(life)) or -9 in life.codes, f' {life.codes}'
+            has_struck &= fault.kind != SIGNAL or any(life.codes)
         self.counts[fault.kind] += has_struck
         told.append(f'{fault.kind}{ended}{"" if has_struck else " (missed)"}')
         if not isinstance(life, bool):
@@ -205,8 +207,8 @@ def tally(printed: str) -> str:
     exact, lives, lost = collections.Counter(), 0, 0
     for processes, own, told, outcome in COURSE.findall(printed):
         for fault in FAULTS:
-            struck_or_not = re.findall(rf'{re.escape(fault.kind)}(?: \[[^]]*\])?( \(missed\))?', told)
-            counts[fault.kind] += struck_or_not.count('')
+            for codes, missed in re.findall(rf'{re.escape(fault.kind)}( \[[^]]*\])?( \(missed\))?', told):
+                counts[fault.kind] += not (missed or (fault.kind == SIGNAL and not set(codes) & set('123456789')))
         lives += int(own)
         exact[processes] += outcome == 'exact'
         lost += outcome != 'exact'
