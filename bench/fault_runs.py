@@ -157,9 +157,8 @@ class Course:
         }
         command = [sys.executable, str(ROOT / 'launch.py'), *SMALL, f'--workdir={self.workdir}', *self.arguments]
         return subprocess.Popen(  # noqa: S603 - our own command
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, text=True, errors='replace',
-            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # under nohup it would be ignored
-        )  # fmt: skip
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, text=True, errors='replace'
+        )
 
 
 def newest(folder: pathlib.Path) -> pathlib.Path:

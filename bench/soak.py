@@ -17,6 +17,7 @@ import pathlib
 import random
 import re
 import shutil
+import signal
 import tempfile
 import time
 import traceback
@@ -180,6 +181,7 @@ def main() -> int:
     if options.tally:
         print(tally('\n'.join(path.read_text(encoding='utf-8') for path in options.tally)))
         return 0
+    signal.signal(signal.SIGHUP, lambda *_: None)  # a handler is not inherited, but that nohup ignores it would be
     seed = int(time.time()) if options.seed is None else options.seed
     print(f'seed {seed}', flush=True)
     start = time.monotonic()
