@@ -226,7 +226,8 @@ def table(soak: Soak, damaged: dict, seed: int, minutes: float) -> str:
     """The tables of BENCHMARKS.md."""
     kinds = sorted({*damaged['verified'], *damaged['orbax alone']})
     outcomes = [f'| {kind} | {damaged["verified"].get(kind, 0)} | {damaged["orbax alone"].get(kind, 0)} |' for kind in kinds]
-    told = f'{tally(chr(10).join(soak.lines))} Seed {seed}, {minutes:.0f} minutes, {cpu_name()}.'
+    lines = '\n'.join(soak.lines)
+    told = f'{tally(lines)} Seed {seed}, {minutes:.0f} minutes, {cpu_name()}.'
     head = f'| a restore after one of {damaged["n"]} damages to {damaged["files"]} files | verified | Orbax alone |'
     return '\n'.join([told, '', head, '|---|---|---|', *outcomes])
 

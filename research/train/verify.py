@@ -1,7 +1,7 @@
 """`--mode=verify`: reads every checkpoint of a run and proves it, byte by byte; needs no model and no device.
 
     checkpoints/1000  permanent  31 leaves, 1.2 MB  good
-    checkpoints/1200  permanent  DAMAGED: params/Dense_0/kernel does not hold what was saved (fingerprints differ)
+    checkpoints/1200  DAMAGED: params/Dense_0/kernel does not hold what was saved (fingerprints differ); renamed to 1200.corrupt
 
 What is damaged is renamed to `*.corrupt`. Where no checkpoint is good, the newest `*.corrupt` one that is good after all (the
 disk was, for a while, not there) gets its name back; else the run may have gone on from another, and its record with it. Both
