@@ -1,6 +1,7 @@
 """Eight simulated devices for the whole suite, a compilation cache of its own, and no network but loopback."""
 
 import os
+import signal
 import socket
 import tempfile
 
@@ -13,6 +14,9 @@ os.environ.setdefault('FULCRUM_CACHE', os.path.join(tempfile.gettempdir(), f'ful
 # Many tests compile the same small programs: one cache serves the suite and the processes that it starts.
 os.environ['JAX_COMPILATION_CACHE_DIR'] = os.environ['FULCRUM_CACHE']
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
+
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # as under nohup; processes that the suite starts would inherit that
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 import pytest
 

@@ -7,9 +7,9 @@ compare fingerprints: `checkpoint.py` does.
 import contextlib
 import gc
 import logging
+import os
 import pathlib
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -48,13 +48,13 @@ class ArrayStore:
         if self._writer is None:
             options = ocp.options.AsyncOptions(barrier_sync_fn=self._arrive)
             self._writer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), async_options=options)
-        with self._failing_together(), QUIET:
+        with self._failing_together():
             self._writer.save(path.absolute(), args=ocp.args.PyTreeSave(tree), force=True)
 
     def finish(self) -> None:
         """Waits until what was begun is written, by all processes; raises what went wrong."""
         if self._writer is not None:
-            with self._failing_together(), QUIET:
+            with self._failing_together():
                 self._writer.wait_until_finished()
 
     @contextlib.contextmanager
@@ -73,7 +73,7 @@ class ArrayStore:
     def close(self) -> None:
         """Ends the threads of Orbax."""
         if self._writer is not None:
-            with QUIET, contextlib.suppress(Exception):
+            with contextlib.suppress(Exception):
                 self._writer.close()
             self._writer = None
 
@@ -113,7 +113,7 @@ def _read(path: pathlib.Path, arguments: Any) -> Any:
 
 def _attempt(action: Callable[[Any], Any]) -> Any:
     """What an action of Orbax gives; what it raises is called corrupt, unless the machine is to blame."""
-    with QUIET, ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         try:
             return action(reader)
         except ENVIRONMENT:
@@ -135,31 +135,20 @@ def _collect() -> None:
         sys.unraisablehook = before
 
 
-class _Quiet:
-    """Keeps Orbax from logging, with tracebacks, what is reported in plain words anyway; from any number of threads."""
-
-    def __init__(self) -> None:
-        self._lock, self._inside, self._before = threading.Lock(), 0, logging.NOTSET
-        self._log = logging.getLogger('absl')
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if not self._inside:
-                self._before = self._log.level
-                self._log.setLevel(logging.CRITICAL)
-            self._inside += 1
-
-    def __exit__(self, *_: Any) -> None:
-        with self._lock:
-            self._inside -= 1
-            if not self._inside:
-                self._log.setLevel(self._before)
+# What fails is reported once, in plain words. Orbax logs it too, with tracebacks, from its threads and at any time.
+logging.getLogger('absl').addFilter(lambda record: f'{os.sep}orbax{os.sep}' not in record.pathname)
+# asyncio would print each write that failed again when it forgets the task.
+FORGOTTEN = ('async_serialize', 'OCDBT', 'tensorstore')
 
 
-QUIET = _Quiet()
-# Writes that fail are reported once; asyncio would print each of them again when it forgets the task.
-_FORGOTTEN = ('async_serialize', 'OCDBT', 'tensorstore')
-logging.getLogger('asyncio').addFilter(lambda record: not any(word in record.getMessage() for word in _FORGOTTEN))
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a record of asyncio is of something else than a write that failed."""
+    message, error = record.getMessage(), (record.exc_info or (None, None))[1]
+    is_write = 'never retrieved' in message and isinstance(error, OSError)
+    return not is_write and not any(word in message for word in FORGOTTEN)
+
+
+logging.getLogger('asyncio').addFilter(_is_news)
 
 
 def _hear_no_echo() -> None:
