@@ -11,12 +11,12 @@ out.
 import argparse
 import json
 import pathlib
-import platform
 import statistics
 import sys
 import tempfile
 from typing import Any
 
+from bench.report import cpu_name
 from research.core import config_file, files, schema
 from research.train.loop import train
 from research.train.provenance import provenance
@@ -80,13 +80,6 @@ def main(argv: list[str]) -> None:
     print(json.dumps(conditions))
     if options.output:
         files.write_json(options.output, {'summary': summary, 'runs': runs, 'conditions': conditions})
-
-
-def cpu_name() -> str:
-    """The processor as Linux names it."""
-    info = pathlib.Path('/proc/cpuinfo')
-    lines = info.read_text().split('\n') if info.exists() else []
-    return next((line.split(':')[1].strip() for line in lines if line.startswith('model name')), platform.processor())
 
 
 if __name__ == '__main__':

@@ -9,6 +9,7 @@ whose noise is that of a few seconds and not of an hour. A ratio above 1 means t
 median, minima and CPU time lie on the same side of the target and a program compared with itself stays within 10 % of 1.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -17,9 +18,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+PINNED = {'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1', 'TF_NUM_INTRAOP_THREADS': '1', 'NPROC': '1', 'JAX_PLATFORMS': 'cpu'}
 RESAMPLES = 2000
 TOLERANCE = 0.10  # of an A/A comparison
 Rounds = list[dict[str, dict[str, float]]]
@@ -29,15 +31,14 @@ class Worker:
     """A process that answers one JSON line with another; a context manager, whose end ends the process."""
 
     def __init__(self, command: Sequence[str], core: int | None = None, environment: Mapping[str, str] | None = None):
-        pin = (lambda: os.sched_setaffinity(0, {core})) if core is not None else None
-        self._process = subprocess.Popen(  # noqa: S603
-            list(command),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            preexec_fn=pin,
-            env={**os.environ, **(environment or {})},
-        )
+        with _pinned(core):
+            self._process = subprocess.Popen(  # noqa: S603
+                list(command),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env={**os.environ, **(environment or {})},
+            )
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to one request.
@@ -64,6 +65,18 @@ class Worker:
             self._process.wait(10)
         except subprocess.TimeoutExpired:
             self._process.kill()
+
+
+@contextlib.contextmanager
+def _pinned(core: int | None) -> Iterator[None]:
+    """Processes that start within run on that core, or where this one does."""
+    allowed = os.sched_getaffinity(0)
+    if core is not None:
+        os.sched_setaffinity(0, {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 def serve(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:

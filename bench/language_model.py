@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.accuracy import cpu_name
-from bench.arms import Worker, compared, interleave, serve, timed, verdict
+from bench.arms import PINNED, Worker, compared, interleave, serve, timed, verdict
+from bench.report import cpu_name
 from research.core import files, schema
 from research.data.build import build_splits
 
@@ -32,7 +32,6 @@ ROOT = pathlib.Path(__file__).parents[1]
 TARGET = 1.2
 STEPS, CONTEXT, BATCH = 2000, 64, 12
 MODEL = "decoder(depth=4, width=128, heads=4, max_length=64, activation='gelu_exact', bias=False)"
-ENVIRONMENT = {'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1', 'JAX_PLATFORMS': 'cpu', 'NPROC': '1'}
 
 TUNED = {  # what parallel/memory.py does from inside
     'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=2147483647:glibc.malloc.mmap_max=0'
@@ -175,10 +174,10 @@ def main(argv: list[str]) -> None:
         ours = [sys.executable, '-m', 'bench.language_model', '--worker']
         peer = [options.peer, str(ROOT / 'bench/peers/nano_gpt.py'), f'{folder}/text.npz']
         commands = {'fulcrum': ours, 'pytorch': peer, 'repeat': ours}
-        with Worker(ours, options.core, ENVIRONMENT) as first:
+        with Worker(ours, options.core, PINNED) as first:
             first.ask({'do': 'steps', 'count': 1})  # both arms of Fulcrum then load the same program from the compilation cache
-        environments = {'pytorch': {**ENVIRONMENT, **(TUNED if options.tuned else {})}}
-        workers = {n: Worker(command, options.core, environments.get(n, ENVIRONMENT)) for n, command in commands.items()}
+        environments = {'pytorch': {**PINNED, **(TUNED if options.tuned else {})}}
+        workers = {n: Worker(command, options.core, environments.get(n, PINNED)) for n, command in commands.items()}
         versions = workers['pytorch'].ask({'do': 'versions'})
         print(f'{cpu_name()}, load {os.getloadavg()[0]:.1f}, peer {versions}, {text}', flush=True)
         found = losses({n: workers[n] for n in ('fulcrum', 'pytorch')}, options.seeds, options.steps) if options.seeds else {}

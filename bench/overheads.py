@@ -19,8 +19,8 @@ from typing import Any
 
 import jax
 
-from bench.accuracy import cpu_name
 from bench.arms import Rounds, compared, timed
+from bench.report import cpu_name
 from research.core import config_file, guardian
 from research.core.clock import Clock
 from research.data.build import build_splits

@@ -24,8 +24,8 @@ import traceback
 from collections.abc import Callable
 
 from bench import corruptions, fault_matrix
-from bench.accuracy import cpu_name
 from bench.fault_runs import Course, Life, newest, struck
+from bench.report import cpu_name
 
 PHASES = ('start', 'restore', 'compile', 'data', 'train', 'evaluate', 'save')
 STOPS = ('term', 'int', 'usr1', 'hup')
