@@ -1,11 +1,12 @@
 """What every comparison ends with: its conditions, one line for each target, and all of it as JSON.
 
 report = Report({'torch': '2.13.0+cpu'})
-report.ratio('examples/s, fulcrum / keras, batch 32', compared(rounds, 'keras', 'fulcrum'), compared(rounds, 'again', 'fulcrum'), 1.3)
+ratio, same = compared(rounds, 'keras', 'fulcrum'), compared(rounds, 'again', 'fulcrum')
+report.ratio('examples/s, fulcrum / keras', ratio, same, 1.3)
 report.bound('first step, warm', [3.1, 3.3, 3.2], 4.0, 's')
 report.end(output, {'rounds': rounds})
 
-examples/s, fulcrum / keras, batch 32: 1.931 [1.902, 1.963], minima 1.940, CPU 1.931 (A/A 1.002 [0.991, 1.010]); target >= 1.3: met
+examples/s, fulcrum / keras: 1.931 [1.902, 1.963], minima 1.940, CPU 1.931 (A/A 1.002 [0.991, 1.010]); target >= 1.3: met
 first step, warm: 3.200 s [3.100, 3.300] (n = 3); target <= 4: met
 """
 
