@@ -108,6 +108,10 @@ EXCEPTIONS = {
     ('research/core/config_file.py', 'importlib.util.spec_from_file_location'): 'a config that the user names is Python',
     ('research/core/config_file.py', 'importlib.util.module_from_spec'): 'a config that the user names is Python',
     ('bench/peers/nano_gpt.py', 'torch'): 'the peer that Fulcrum is measured against, in a process of its own',
+    ('bench/peers/cnn_keras.py', 'tensorflow'): 'a peer that Fulcrum is measured against, in a process of its own',
+    ('bench/peers/cnn_torch.py', 'torch'): 'a peer that Fulcrum is measured against, in a process of its own',
+    ('bench/peers/input_tf.py', 'tensorflow'): 'a peer that Fulcrum is measured against, in a process of its own',
+    ('bench/peers/input_torch.py', 'torch'): 'a peer that Fulcrum is measured against, in a process of its own',
     ('bench/minilm.py', 'torch'): 'makes the reference outputs with the library of the published model',
 }
 CHECKED = sorted({*FILES, *(f for folder in ('bench', 'deploy', 'docs') for f in ROOT.glob(f'{folder}/**/*.py'))})

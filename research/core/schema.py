@@ -135,7 +135,12 @@ class Train:
     duration: Duration = value(
         '10 epochs', "compute budget: '10 epochs', '2000 steps', '50000 examples', '1e9 tokens' or '1e15 flops'"
     )
-    accumulate: int = value(1, 'microbatches whose gradients are added up to one step', low=1)
+    accumulate: int | None = value(
+        None,
+        'microbatches whose gradients are added up to one step; None: 1, or what keeps a convolutional network, whose results '
+        "it does not change, in a CPU's cache",
+        low=1,
+    )
     precision: str = value('float32', 'dtype of the computation; parameters stay float32', choices=('float32', 'bfloat16'))
     ema: float = value(0.0, 'decay of the parameter average that is evaluated; 0: none', low=0.0, high=1.0)
     skip_nonfinite: bool = value(True, 'leave the state as it is where a gradient is not finite, and count it')
@@ -357,7 +362,7 @@ def parse_budget(text: str) -> Duration:
 def _check_together(experiment: Experiment) -> None:
     """Rules that bind several fields."""
     data, train = experiment.data, experiment.train
-    if data.batch_size % train.accumulate:
+    if data.batch_size % (train.accumulate or 1):
         raise UsageError(
             f'config.train.accumulate={train.accumulate} does not divide config.data.batch_size={data.batch_size}',
             'choose a batch size that is a multiple of it',

@@ -4,10 +4,48 @@ So gradient accumulation, padding, device count and host count cannot change a r
 examples and mean losses 0.2 and 1.0 give (0.6 + 1.0) / (3 + 1) = 0.4, not (0.2 + 1.0) / 2 = 0.6.
 """
 
+from collections.abc import Iterator, Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 Terms = dict[str, tuple[jax.Array, jax.Array]]
+
+
+@jax.tree_util.register_pytree_node_class
+class Packed(Mapping[str, tuple[Any, Any]]):
+    """Terms in one array (n, 2) of n names: a step hands out, and a log step fetches, one array in place of 2 n scalars."""
+
+    def __init__(self, names: tuple[str, ...], array: Any):
+        self.names, self.array = names, array
+
+    def __getitem__(self, name: str) -> tuple[Any, Any]:
+        if name not in self.names:
+            raise KeyError(name)
+        total, weight = self.array[self.names.index(name)]
+        return total, weight
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def tree_flatten(self) -> tuple[tuple[Any], tuple[str, ...]]:
+        """For jax: the array, and the names."""
+        return (self.array,), self.names
+
+    @classmethod
+    def tree_unflatten(cls, names: tuple[str, ...], arrays: tuple[Any]) -> 'Packed':
+        """For jax: the terms again."""
+        return cls(names, *arrays)
+
+
+def pack(terms: Terms) -> Packed:
+    """Terms, of scalars all, in one array of float32."""
+    pairs = [jnp.stack([jnp.asarray(x, jnp.float32) for x in term]) for term in terms.values()]
+    return Packed(tuple(terms), jnp.stack(pairs))  # (n, 2)
 
 
 def weighted(values: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,4 +1,4 @@
-"""The batch pipeline: `feed(step) -> Batch` of device arrays, a pure function of the step.
+"""The batch pipeline: `feed(step) -> Batch` of arrays on the devices, a pure function of the step.
 
 Shape letters: B global batch.
 
@@ -43,12 +43,24 @@ class HostFeed:
     """Reads each process's share of a batch from `source` and puts it on the devices under `sharding`."""
 
     def __init__(self, source: Source, plan: Plan, sharding: jax.sharding.Sharding):
-        self.source, self.plan, self.sharding = source, plan, sharding
+        self.source, self.plan, self._place = source, plan, placing(sharding)
 
     def __call__(self, step: int) -> Batch:
         indices, rest = _local(self.plan, step)
-        block = without_bad({**self.source[indices], **rest})
-        return {k: jax.make_array_from_process_local_data(self.sharding, v) for k, v in block.items()}
+        return self._place(without_bad({**self.source[indices], **rest}))
+
+
+def placing(sharding: jax.sharding.Sharding) -> Callable[[Batch], Batch]:
+    """How a block of this process gets under `sharding`.
+
+    One CPU device reads the host's memory: nothing is moved, and a compiled step takes numpy arrays as they are, which saves
+    half a millisecond a step. They are made for that step alone, so nobody changes them while it runs.
+    """
+    if jax.process_count() > 1:
+        return lambda block: {k: jax.make_array_from_process_local_data(sharding, v) for k, v in block.items()}
+    if len(sharding.device_set) == 1 and next(iter(sharding.device_set)).platform == 'cpu':
+        return lambda block: {k: np.asarray(v, jax.dtypes.canonicalize_dtype(v.dtype)) for k, v in block.items()}
+    return lambda block: jax.device_put(block, sharding)
 
 
 class DeviceFeed:
@@ -64,16 +76,14 @@ class DeviceFeed:
                 "config.data.placement='device' would undo the buckets: it keeps all rows at the width of the longest",
                 "set config.data.placement='host', or leave buckets out",
             )
-        self.plan, self.sharding = plan, sharding
+        self.plan, self._place = plan, placing(sharding)
         everywhere = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
         self._arrays = jax.device_put(source[np.arange(len(source))], everywhere)
         self._gather = jax.jit(_gather, out_shardings=sharding)
 
     def __call__(self, step: int) -> Batch:
         _, rest = _local(self.plan, step)
-        return self._gather(
-            self._arrays, {k: jax.make_array_from_process_local_data(self.sharding, v) for k, v in rest.items()}
-        )
+        return self._gather(self._arrays, self._place(rest))
 
 
 def _gather(arrays: Batch, rest: Batch) -> Batch:

@@ -106,7 +106,7 @@ class AudioEncoder(nn.Module):
         channels, half = self.channels or self.width, self.kernel // 2
         as_kernel: Any = _as_kernel
         self.convolutions = [
-            nn.Conv(channels, (self.kernel,), strides=stride, padding=[(half, half)], promote_dtype=as_kernel)
+            layers.conv(channels, (self.kernel,), strides=stride, padding=[(half, half)], promote_dtype=as_kernel)
             for stride in self.strides
         ]
         self.norm = layers.make_norm('layer', 1e-5)

@@ -65,9 +65,12 @@ class CNN(nn.Module):
                 raise UsageError(
                     f'an image of {x.shape[1]} x {x.shape[2]} is too small for a convolution', "set model.padding='SAME'"
                 )
-            x = nn.Conv(features, (self.kernel, self.kernel), padding=self.padding, use_bias=self.norm == 'none')(x)
-            x = act(layers.norm(self.norm, x, train))
-            x = layers.max_pool(x, pool) if pool > 1 else x
+            if self.padding == 'VALID' and self.norm == 'none':
+                x = layers.cropped(x, self.kernel, pool)
+            x = layers.conv(features, (self.kernel, self.kernel), padding=self.padding, use_bias=self.norm == 'none')(x)
+            x = layers.norm(self.norm, x, train)
+            # Of a function that grows, the largest value is that of the largest input: fewer to compute.
+            x = act(layers.max_pool(x, pool)) if self.activation in layers.GROWING else layers.max_pool(act(x), pool)
         x = x.reshape(x.shape[0], -1)  # (B, H*W*C)
         for width in self.hidden:
             x = act(nn.Dense(width)(layers.dropout(self.dropout, x, train)))

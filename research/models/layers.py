@@ -3,6 +3,7 @@
 Shape letters: B batch, H height, W width, C channels.
 """
 
+import functools
 from collections.abc import Iterable
 
 import jax
@@ -11,6 +12,7 @@ from flax import linen as nn
 
 from research.core.errors import UsageError, nearest
 from research.models import lowering
+from research.models.convolution import convolution
 
 ACTIVATIONS = {
     'relu': nn.relu,
@@ -20,6 +22,7 @@ ACTIVATIONS = {
     'silu': nn.silu,
     'tanh': nn.tanh,
 }
+GROWING = ('relu', 'relu2', 'tanh')  # activations that never fall
 
 
 def activation(name: str):
@@ -41,6 +44,15 @@ def check_images(inputs: jax.Array, model: str) -> None:
         raise UsageError(f'model {model!r} reads images (B, H, W, C), not {inputs.shape}', 'use model=mlp for tables')
 
 
+conv = functools.partial(nn.Conv, conv_general_dilated=convolution)  # nn.Conv in the form that is fast where it is traced
+
+
+def cropped(x: jax.Array, kernel: int, pool: int) -> jax.Array:
+    """x (B, H, W, C) less the rows and columns that only reach outputs of a convolution which `max_pool` would cut."""
+    high, wide = ((size - kernel + 1) // pool * pool + kernel - 1 for size in x.shape[1:3])
+    return x[:, :high, :wide] if min(high, wide) >= kernel else x  # too small: max_pool says so
+
+
 def max_pool(x: jax.Array, window: int) -> jax.Array:
     """Non-overlapping max pooling, (B, H, W, C) -> (B, H // window, W // window, C); rows and columns left over are cut.
 
@@ -48,6 +60,8 @@ def max_pool(x: jax.Array, window: int) -> jax.Array:
     needs no select-and-scatter, which is slow on CPU. Where the maximum of a window is attained twice its gradient is shared
     equally, while select-and-scatter gives it to the first; both are subgradients.
     """
+    if window == 1:
+        return x
     batch, height, width, channels = x.shape
     h, w = height // window, width // window
     if h == 0 or w == 0:
@@ -56,7 +70,10 @@ def max_pool(x: jax.Array, window: int) -> jax.Array:
             "pool less often by model.pool, or set model.padding='SAME'",
         )
     x = x[:, : h * window, : w * window]
-    return jnp.max(x.reshape(batch, h, window, w, window, channels), axis=(2, 4))  # (B, h, w, C)
+    if not lowering.on_cpu():
+        return jnp.max(x.reshape(batch, h, window, w, window, channels), axis=(2, 4))  # (B, h, w, C)
+    x = x.transpose(1, 2, 0, 3).reshape(h, window, w, window, batch, channels)  # as convolution.py has images
+    return jnp.max(x, axis=(1, 3)).transpose(2, 0, 1, 3)
 
 
 def norm(kind: str, x: jax.Array, train: bool, *, name: str | None = None, scale: float = 1.0) -> jax.Array:
@@ -128,7 +145,7 @@ def patches(x: jax.Array, side: int, width: int) -> jax.Array:
             f'an image of {x.shape[1]} x {x.shape[2]} is no whole number of patches of {side} x {side}',
             'set model.patch to a common divisor of height and width, or give the data source another size',
         )
-    return nn.Conv(width, (side, side), (side, side), padding='VALID', name='patch')(x)  # (B, H / side, W / side, width)
+    return conv(width, (side, side), (side, side), padding='VALID', name='patch')(x)  # (B, H / side, W / side, width)
 
 
 def masked_mean(features: jax.Array, segments: jax.Array | None) -> jax.Array:

@@ -1,5 +1,5 @@
-"""How products and sums are written for XLA's CPU compiler. Only here and in flash.py does a model choose by platform: by that
-where it is traced.
+"""How products and sums are written for XLA's CPU compiler. Only by `on_cpu` here, and in flash.py, does a model choose by
+platform: by that where it is traced. (convolution.py has the convolutions.)
 
 Shape letters: B batch, T queries, S keys, H query heads, G key and value heads, K head size.
 
@@ -14,8 +14,11 @@ than one of (N, M) and (M, K), most of all if N > K; axes of length one cost a c
 that is fused with what it adds up goes number by number. On a GPU or TPU these functions are what they replace.
 """
 
+import contextlib
+import contextvars
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -26,9 +29,38 @@ from jax.experimental.xla_metadata import set_xla_metadata
 _barrier = jax.jit(lambda x: jax.lax.optimization_barrier(x))
 
 
+_as_written = contextvars.ContextVar('as_written', default=False)
+_in_loop = contextvars.ContextVar('in_loop', default=False)
+
+
 def on_cpu() -> bool:
     """Whether programs that are traced now are compiled for a CPU."""
-    return jax.default_backend() == 'cpu'
+    return jax.default_backend() == 'cpu' and not _as_written.get()
+
+
+@contextlib.contextmanager
+def as_written() -> Iterator[None]:
+    """What is traced within has the form that it has on a GPU or TPU: to count operations that do not depend on the machine."""
+    token = _as_written.set(True)
+    try:
+        yield
+    finally:
+        _as_written.reset(token)
+
+
+def in_loop() -> bool:
+    """Whether what is traced now is the body of a loop."""
+    return _in_loop.get()
+
+
+@contextlib.contextmanager
+def inside_loop() -> Iterator[None]:
+    """Says that what is traced within is the body of a loop, where XLA's CPU compiler has no fast convolutions."""
+    token = _in_loop.set(True)
+    try:
+        yield
+    finally:
+        _in_loop.reset(token)
 
 
 def materialised(x: jax.Array) -> jax.Array:

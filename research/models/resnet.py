@@ -145,7 +145,7 @@ def convolution(features: int, kernel: int, stride: int, name: str, zero: bool =
     init = nn.initializers.zeros if zero else nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
     padding = (kernel - 1) // 2
     both = ((padding, padding), (padding, padding))
-    return nn.Conv(features, (kernel, kernel), (stride, stride), both, use_bias=False, kernel_init=init, name=name)
+    return layers.conv(features, (kernel, kernel), (stride, stride), both, use_bias=False, kernel_init=init, name=name)
 
 
 def pool(x: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from research.core import terms
 from research.core.errors import UsageError
 from research.parallel import mesh as meshes
 from research.parallel.mesh import DATA_AXIS
@@ -25,23 +26,40 @@ def axis_name(kind: str) -> str | None:
     return DATA_AXIS if kind == 'pmap' else None
 
 
+def run_once(function: Callable[[], Any], mesh: Mesh, layout: Any) -> Callable[[], Any]:
+    """`function`, which takes nothing and runs once, as one program whose results lie as `layout` says.
+
+    What runs once should be compiled fast: on a CPU LLVM's first level of optimisation takes a third of the time.
+    """
+    options = {'xla_backend_optimization_level': 1} if mesh.devices.flat[0].platform == 'cpu' else None
+    return jax.jit(function, out_shardings=layout, compiler_options=options)
+
+
 def compile_step(step: Step, mesh: Mesh, kind: str, batch: Any, state: Any) -> Step:
     """Compiles `step` ahead of time for abstract `state` and `batch` (trees of ShapeDtypeStruct with shardings).
 
-    The state's buffers are donated: the caller must not use the state that it passed in. A batch of another shape (rows that
-    are padded to a shorter length) is compiled for when it first comes.
+    The terms come packed. The state's buffers are donated: the caller must not use the state that it passed in. A batch of
+    another shape (rows that are padded to a shorter length) is compiled for when it first comes.
     """
-    make = _pmap if kind == 'pmap' else _jit
+    make, step = _pmap if kind == 'pmap' else _jit, _packed(step)
     programs = {_shapes(batch): make(step, mesh, batch, state)}
 
     def compiled(now: Any, given: Any) -> tuple[Any, Any]:
         shapes = _shapes(given)
         if shapes not in programs:
-            like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), given)
+            like = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch[k].sharding) for k, x in given.items()}
             programs[shapes] = make(step, mesh, like, state)
         return programs[shapes](now, given)
 
     return compiled
+
+
+def _packed(step: Step) -> Step:
+    def packed(state: Any, batch: Any) -> tuple[Any, terms.Packed]:
+        new, found = step(state, batch)
+        return new, terms.pack(found)
+
+    return packed
 
 
 def _shapes(batch: Any) -> tuple:

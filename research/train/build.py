@@ -25,7 +25,7 @@ from research.parallel import compile as compilation
 from research.parallel import mesh as meshes
 from research.parallel.rules import partition
 from research.tasks.base import Task
-from research.train import adapters, flops, partial, step, teacher
+from research.train import adapters, flops, microbatches, partial, step, teacher
 from research.train import state as states
 from research.train.state import TrainState
 from research.train.step import Step
@@ -114,18 +114,20 @@ class Parts:
       abstract: the state as shapes with shardings.
       step: the plain step, to be compiled by `compile`.
       batch: the batch as shapes with shardings.
+      microbatches: how many a step adds up.
     """
 
     init: Callable[[], TrainState]
     abstract: TrainState
     step: Step
     batch: dict[str, jax.ShapeDtypeStruct]
+    microbatches: int
 
 
 def make_parts(experiment: Experiment, task: Task, spec: DataSpec, mesh: Mesh, rate: Callable[[Any], jax.Array]) -> Parts:
     """The abstract state, its initialiser and the step of an experiment."""
     size = experiment.data.batch_size
-    meshes.check_divisible(mesh, size, experiment.train.accumulate)
+    meshes.check_divisible(mesh, size, experiment.train.accumulate or 1)
     batch = abstract_batch(spec, size, meshes.batch_sharding(mesh))
     seen = preprocessed(experiment, batch)
     optimizer_of = functools.partial(make_optimizer, experiment.optimizer, rate)
@@ -138,9 +140,10 @@ def make_parts(experiment: Experiment, task: Task, spec: DataSpec, mesh: Mesh, r
     shapes = jax.eval_shape(init)
     layout = partition(mesh, experiment.parallel.rules, task.module, shapes, experiment.parallel.fsdp)
     abstract = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, layout)
-    the_step = make_step(experiment, task, optimizer_of(shapes.params))
+    count = experiment.train.accumulate or microbatches.chosen(task, shapes.variables, seen, meshes.data_size(mesh))
+    the_step = make_step(experiment, task, optimizer_of(shapes.params), count)
     first = jax.jit(init, out_shardings=layout)
-    return Parts(lambda: with_constants(first(), task), abstract, the_step, batch)
+    return Parts(lambda: with_constants(first(), task), abstract, the_step, batch, count)
 
 
 def with_constants(state: TrainState, task: Task) -> TrainState:
@@ -164,16 +167,15 @@ def make_extras(train: Train) -> dict[str, Callable[[Any], Any]]:
     return extras
 
 
-def make_step(experiment: Experiment, task: Task, optimizer: optax.GradientTransformation) -> Step:
-    """The whole step, inside out: gradients, microbatches, devices; update, augmentation, average, count, guard."""
+def make_step(experiment: Experiment, task: Task, optimizer: optax.GradientTransformation, count: int) -> Step:
+    """The whole step, inside out: gradients, `count` microbatches, devices; update, augmentation, average, count, guard."""
     train, seed = experiment.train, experiment.seed
-    if train.accumulate > 1 and getattr(task, 'whole_batch', False):
+    if count > 1 and getattr(task, 'whole_batch', False):
         raise UsageError(
-            f'config.train.accumulate={train.accumulate} would split the batch within which task '
-            f'{experiment.task.name!r} compares',
+            f'config.train.accumulate={count} would split the batch within which task {experiment.task.name!r} compares',
             'set config.train.accumulate=1',
         )
-    gradients = step.accumulate(step.gradients_of(task), train.accumulate)
+    gradients = step.accumulate(step.gradients_of(task), count)
     gradients = step.all_reduce(gradients, compilation.axis_name(experiment.parallel.compile))
     result = step.make_step(gradients, optimizer, seed)
     augment, preprocess = build_augmentation(experiment.data.augment), build_augmentation(experiment.data.preprocess)

@@ -162,7 +162,8 @@ def _introduce(run: Run, task: Task, parts: build.Parts) -> None:
     sizes = ', '.join(f'{name} {len(run.splits[name]):,}' for name in ('train', 'validation', 'test') if name in run.splits)
     run.reporter.say(f'model  {experiment.model}: {size}')
     run.reporter.say(f'data   {experiment.data.source}: {sizes} examples')
-    run.reporter.say(f'run    {run.total_steps:,} steps of {facts.batch_size} examples, {step_flops} FLOPs each')
+    split = f' in {parts.microbatches} microbatches' if parts.microbatches > 1 else ''
+    run.reporter.say(f'run    {run.total_steps:,} steps of {facts.batch_size} examples{split}, {step_flops} FLOPs each')
     if experiment.parallel.compile == 'pmap' and 'batch_stats' in parts.abstract.model_state and run.mesh.size > 1:
         run.reporter.say('note   under pmap each device normalises by its own part of the batch: jit normalises by the whole')
     run.reporter.begin(0, run.total_steps)

@@ -18,6 +18,7 @@ import optax
 
 from research.core import rng, terms
 from research.core.terms import Terms
+from research.models import lowering
 from research.train.state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -59,7 +60,8 @@ def accumulate(gradients: Gradients, count: int) -> Gradients:
             grads, found, model_state = carry
             index, microbatch = one
             keys = {name: jax.random.fold_in(key, index) for name, key in rngs.items()}
-            more, also, model_state = gradients({'params': variables['params'], **model_state}, microbatch, keys)
+            with lowering.inside_loop():
+                more, also, model_state = gradients({'params': variables['params'], **model_state}, microbatch, keys)
             return (jax.tree.map(jnp.add, grads, more), terms.add(found, also), model_state), None
 
         model_state = {k: v for k, v in variables.items() if k != 'params'}

@@ -1,0 +1,77 @@
+"""How many microbatches make a step where nobody says, and that they change nothing."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from research.core import config_file
+from research.data.build import build_splits
+from research.models import lowering
+from research.parallel import mesh as meshes
+from research.train import build
+
+
+def parts_of(*overrides, devices=1, config='configs/digits_cnn.py'):
+    experiment = config_file.resolve(config, list(overrides))
+    splits, spec = build_splits(experiment.data)
+    task, mesh = build.make_task(experiment, spec), meshes.make_mesh(devices)
+    facts = build.measure(experiment, task, spec, splits['train'])
+    return build.make_parts(experiment, task, spec, mesh, build.learning_rate(experiment.optimizer, facts)), splits
+
+
+WIDE = "model=cnn(features=(1024,), pool=(2,), padding='SAME')"  # (8, 8, 1024): 262 kB an example, and 11 MB of kernels
+
+
+def test_a_microbatch_fits_in_the_cache():
+    assert parts_of(WIDE)[0].microbatches == 16, '64 examples: 16 of 4 are 1 MB each'
+    assert parts_of(WIDE, devices=8)[0].microbatches == 2, 'eight examples on each of eight devices'
+    assert parts_of()[0].microbatches == 1, 'all of it is small'
+
+
+@pytest.mark.parametrize(
+    'overrides',
+    [
+        ("model=cnn(features=(1024,), pool=(2,), padding='SAME', dropout=0.1)",),  # other units would be dropped
+        ("model=cnn(features=(1024,), pool=(2,), padding='SAME', norm='batch')",),  # other statistics
+        ('model=mlp(hidden=(4096,))',),  # no convolution
+        ("model=cnn(features=(8192,), pool=(2,), padding='SAME')",),  # not even four examples would fit
+        (WIDE, 'train.accumulate=1'),  # somebody says
+    ],
+)
+def test_a_step_stays_whole(overrides):
+    assert parts_of(*overrides)[0].microbatches == 1
+
+
+def test_accelerators_keep_whole_steps():
+    with lowering.as_written():
+        assert parts_of(WIDE)[0].microbatches == 1
+
+
+def test_the_step_is_that_of_the_whole_batch():
+    def trained(*overrides):
+        parts, splits = parts_of(
+            "model=cnn(features=(256, 32), pool=(2, 1), padding='SAME')", 'optimizer=nesterov(learning_rate=0.01)', *overrides
+        )
+        state, step = parts.init(), jax.jit(parts.step)
+        rows = splits['train'][np.arange(64)]
+        batch = {**rows, 'mask': np.ones(64, np.float32), 'id': np.arange(64), 'epoch': np.zeros(64, np.int32)}
+        for _ in range(3):
+            state, terms = step(state, batch)
+        return parts.microbatches, state.params, terms
+
+    (count, params, terms), (one, whole, of_whole) = trained(), trained('train.accumulate=1')
+    assert (count, one) == (4, 1)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), (params, terms), (whole, of_whole))
+
+
+def test_the_count_of_operations_does_not_depend_on_the_machine():
+    def flops():
+        experiment = config_file.resolve('configs/digits_cnn.py', [])
+        splits, spec = build_splits(experiment.data)
+        return build.measure(experiment, build.make_task(experiment, spec), spec, splits['train']).step_flops
+
+    here = flops()
+    with lowering.as_written():
+        assert flops() == here
