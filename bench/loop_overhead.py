@@ -1,0 +1,122 @@
+"""What the training loop adds to the bare step: the reference program with all its hooks against the jitted step alone.
+
+    python -m bench.loop_overhead --output=loop_overhead.json
+
+`loop`: `train` at the defaults of config `cifar10_cnn` (records, progress, guard, checkpoints, watchdog; `bench/paced.py`).
+`bare`: the compiled step of the same experiment without the guard of non-finite numbers, on batches that are on the device
+already, at most two steps in flight, as in the loop. `again`: a second process of the bare step. Pinned to one core, where
+nothing runs beside the step for free. A last line tells the share of the loop's time in which it waited for a batch.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import statistics
+import sys
+import tempfile
+from typing import Any
+
+from bench.arms import PINNED, Rounds, Worker, compared, interleave, serve, timed
+from bench.reference_cnn import BLOCKS, experiment, write_images
+from bench.report import Report
+
+ALLOWED = {32: 0.03, 256: 0.01}  # of a step, by batch
+IN_FLIGHT = 2
+
+
+class Bare:
+    """The compiled step and batches that wait on the device."""
+
+    def __init__(self, path: str, batch: int):
+        import jax
+
+        from research.data.build import build_splits
+        from research.data.pipeline import make_feed
+        from research.data.plan import plan_of
+        from research.parallel import mesh as meshes
+        from research.train import build
+
+        full = experiment(path, batch)
+        settings = dataclasses.replace(full, train=dataclasses.replace(full.train, skip_nonfinite=False))
+        mesh = meshes.make_mesh()
+        splits, spec = build_splits(settings.data)
+        task = build.make_task(settings, spec)
+        facts = build.measure(settings, task, spec, splits['train'])
+        parts = build.make_parts(settings, task, spec, mesh, build.learning_rate(settings.optimizer, facts))
+        feed = make_feed(splits['train'], plan_of(splits['train'], batch, 0), meshes.batch_sharding(mesh), 'host')
+        self.batches = [jax.device_put(feed(k), meshes.batch_sharding(mesh)) for k in range(8)]
+        self.state, self.step, self.done = parts.init(), build.compile_parts(parts, settings, mesh), 0
+
+    def steps(self, count: int) -> None:
+        """Takes steps and waits for the last."""
+        import jax
+
+        waiting: list[Any] = []
+        for _ in range(count):
+            self.state, terms = self.step(self.state, self.batches[self.done % len(self.batches)])
+            self.done += 1
+            waiting.append(terms)
+            if len(waiting) > IN_FLIGHT:
+                jax.block_until_ready(waiting.pop(0))
+        jax.block_until_ready(self.state)
+
+
+def work(kind: str, path: str) -> None:
+    """The process of an arm."""
+    if kind == 'loop':
+        from bench.paced import serve_run
+
+        return serve_run(lambda request: experiment(path, request['batch']))
+    from research.parallel import memory
+
+    memory.keep_freed()
+    arms: dict[int, Bare] = {}
+
+    def answer(request: dict[str, Any]) -> dict[str, Any]:
+        if request['batch'] not in arms:
+            arms[request['batch']] = Bare(path, request['batch'])
+        return timed(lambda: arms[request['batch']].steps(request['count']))
+
+    return serve(answer)
+
+
+def measure(report: Report, workers: dict[str, Worker], batch: int, rounds: int) -> Rounds:
+    """The loop beside the bare step."""
+    request = {'do': 'steps', 'batch': batch, 'count': BLOCKS[batch]}
+    interleave(workers, request, 3)
+    found = interleave(workers, request, rounds)
+    for name in workers:
+        milliseconds = statistics.median(r[name]['seconds'] for r in found) / BLOCKS[batch] * 1e3
+        report.say(f'batch {batch}: {name:6} {milliseconds:7.2f} ms a step')
+    same = compared(found, 'again', 'bare')
+    report.ratio(f'batch {batch}, bare step / loop', compared(found, 'bare', 'loop'), same, 1 / (1 + ALLOWED[batch]))
+    return found
+
+
+def main(argv: list[str]) -> None:
+    """Runs the comparison and prints its lines; --worker is how it starts its own processes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--worker', nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument('--rounds', type=int, default=30)
+    parser.add_argument('--core', type=int, default=0)
+    parser.add_argument('--output', type=pathlib.Path)
+    options = parser.parse_args(argv)
+    if options.worker:
+        return work(*options.worker)
+    with tempfile.TemporaryDirectory() as folder:
+        path = f'{folder}/images.npz'
+        write_images(pathlib.Path(path))
+        report, rounds = Report(), {}
+        for batch in BLOCKS:
+            ours = [sys.executable, '-m', 'bench.loop_overhead', '--worker']
+            arms = {'loop': 'loop', 'bare': 'bare', 'again': 'bare'}
+            workers = {name: Worker([*ours, kind, path], options.core, PINNED) for name, kind in arms.items()}
+            rounds[f'batch {batch}'] = measure(report, workers, batch, options.rounds)
+            for worker in workers.values():
+                worker.__exit__()
+        report.end(options.output, {'rounds': rounds})
+    return None
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])
