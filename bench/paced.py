@@ -88,16 +88,17 @@ class Until:
     def __init__(self, channel: Channel, run: Any):
         assert channel.request is not None
         self._channel, self._request, self._run, self._watch = channel, channel.request, run, Watch()
+        self._most = min(self._request.get('most', run.total_steps), run.total_steps)
 
     def __call__(self, step: int, state: Any, terms: Any) -> None:
         """Counts a step."""
-        if step % self._request['every'] and step < self._request['most']:
+        if step % self._request['every'] and step < self._most:
             return
         jax.block_until_ready(state)
         spent = self._watch.stop()
         feed, count = self._run.evaluation_feeds['test']
         reached = self._run.evaluator(state.evaluation_variables, feed, count)['accuracy'] >= self._request['target']
-        if reached or step >= self._request['most']:
+        if reached or step >= self._most:
             self._channel.answer({**spent, 'steps': step, 'reached': reached})
             raise EnoughError
         self._watch.start()

@@ -152,7 +152,8 @@ def _slow(batch: dict[str, Any], step: int) -> dict[str, Any]:
 
 
 def _ids(batch: dict[str, Any], step: int) -> dict[str, Any]:
-    mine = [np.asarray(shard.data).tobytes() for shard in batch['id'].addressable_shards]
+    parts = [batch['id']] if isinstance(batch['id'], np.ndarray) else [shard.data for shard in batch['id'].addressable_shards]
+    mine = [np.asarray(part).tobytes() for part in parts]
     sys.stderr.write(f'ids {step} {files.digest(mine)}\n')
     return batch
 
