@@ -111,6 +111,7 @@ EXCEPTIONS = {
     ('bench/peers/cnn_keras.py', 'tensorflow'): 'a peer that Fulcrum is measured against, in a process of its own',
     ('bench/peers/cnn_torch.py', 'torch'): 'a peer that Fulcrum is measured against, in a process of its own',
     ('bench/peers/input_tf.py', 'tensorflow'): 'a peer that Fulcrum is measured against, in a process of its own',
+    ('bench/peers/input_jpeg.py', 'torch'): 'a peer that Fulcrum is measured against, in a process of its own',
     ('bench/peers/input_torch.py', 'torch'): 'a peer that Fulcrum is measured against, in a process of its own',
     ('bench/minilm.py', 'torch'): 'makes the reference outputs with the library of the published model',
 }

@@ -18,6 +18,8 @@ import jax
 
 from research.core.files import problem_of_folder
 
+MIN_COMPILE_S = 0.1  # what compiles in less is not worth a file
+
 
 def folder() -> pathlib.Path:
     """Where compiled programs are kept: $FULCRUM_CACHE, else the user's cache folder."""
@@ -80,5 +82,5 @@ def enable() -> str | None:
             jax.config.update('jax_compilation_cache_dir', None)
         return f'no compilation cache: {reason}'
     jax.config.update('jax_compilation_cache_dir', str(path))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', MIN_COMPILE_S)
     return None

@@ -5,6 +5,7 @@ compare fingerprints: `checkpoint.py` does.
 """
 
 import contextlib
+import functools
 import gc
 import logging
 import os
@@ -15,7 +16,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from research.parallel import hosts
 from research.train.manifest import CorruptError
@@ -35,21 +35,32 @@ TRANSIENT = (
 ECHOES = ('Event loop is closed', 'Encountered error while reading array index')
 
 
+@functools.cache
+def _orbax() -> Any:
+    """Orbax, when something is first saved or read: importing it takes half a second, which no first step should wait for."""
+    import orbax.checkpoint
+
+    # What fails is reported once, in plain words. Orbax logs it too, with tracebacks, from its threads and at any time.
+    logging.getLogger('absl').addFilter(lambda record: f'{os.sep}orbax{os.sep}' not in record.pathname)
+    return orbax.checkpoint
+
+
 class ArrayStore:
     """Writes one tree at a time and reads any number."""
 
     def __init__(self) -> None:
-        self._writer: ocp.AsyncCheckpointer | None = None
+        self._writer: Any = None  # an AsyncCheckpointer, from the first save on
         self._meeting: hosts.Meeting | None = None  # of the save that is under way
 
     def begin(self, path: pathlib.Path, tree: Any) -> None:
         """Starts to write; returns as soon as the arrays are copied off the devices."""
         self._meeting = hosts.Meeting()
         if self._writer is None:
+            ocp = _orbax()
             options = ocp.options.AsyncOptions(barrier_sync_fn=self._arrive)
             self._writer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), async_options=options)
         with self._failing_together():
-            self._writer.save(path.absolute(), args=ocp.args.PyTreeSave(tree), force=True)
+            self._writer.save(path.absolute(), args=_orbax().args.PyTreeSave(tree), force=True)
 
     def finish(self) -> None:
         """Waits until what was begun is written, by all processes; raises what went wrong."""
@@ -84,6 +95,7 @@ def restore(path: pathlib.Path, abstract: Any) -> Any:
     Raises:
       CorruptError: it cannot be read, and not for want of memory or permission.
     """
+    ocp = _orbax()
     arguments = ocp.args.PyTreeRestore(item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract))
     return _read(path, arguments)
 
@@ -103,6 +115,7 @@ def read(path: pathlib.Path, tree: Any) -> Any:
     Raises:
       CorruptError: see `restore`.
     """
+    ocp = _orbax()
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
     return _read(path, ocp.args.PyTreeRestore(item=tree, restore_args=as_numpy, partial_restore=True))
 
@@ -113,6 +126,7 @@ def _read(path: pathlib.Path, arguments: Any) -> Any:
 
 def _attempt(action: Callable[[Any], Any]) -> Any:
     """What an action of Orbax gives; what it raises is called corrupt, unless the machine is to blame."""
+    ocp = _orbax()
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         try:
             return action(reader)
@@ -135,8 +149,6 @@ def _collect() -> None:
         sys.unraisablehook = before
 
 
-# What fails is reported once, in plain words. Orbax logs it too, with tracebacks, from its threads and at any time.
-logging.getLogger('absl').addFilter(lambda record: f'{os.sep}orbax{os.sep}' not in record.pathname)
 # asyncio would print each write that failed again when it forgets the task.
 FORGOTTEN = ('async_serialize', 'OCDBT', 'tensorstore')
 

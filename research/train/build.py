@@ -70,7 +70,8 @@ def measure(experiment: Experiment, task: Task, spec: DataSpec, train: Sized) ->
       train: the training split. Of one in buckets a step's FLOPs are the mean over the shapes of its batches.
     """
     size = experiment.data.batch_size
-    variables = jax.eval_shape(task.init, rng.key(0, 'init'), preprocessed(experiment, abstract_batch(spec, size)))
+    seen = preprocessed(experiment, abstract_batch(spec, size))
+    variables = jax.eval_shape(lambda batch: task.init(rng.key(0, 'init'), batch), seen)
     rngs = {'dropout': jax.eval_shape(lambda: rng.key(0, 'dropout'))}
     step_flops: float | None = 0.0
     for share, examples in kinds_of(train, spec):
@@ -142,7 +143,7 @@ def make_parts(experiment: Experiment, task: Task, spec: DataSpec, mesh: Mesh, r
     abstract = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, layout)
     count = experiment.train.accumulate or microbatches.chosen(task, shapes.variables, seen, meshes.data_size(mesh))
     the_step = make_step(experiment, task, optimizer_of(shapes.params), count)
-    first = jax.jit(init, out_shardings=layout)
+    first = compilation.run_once(init, mesh, layout)
     return Parts(lambda: with_constants(first(), task), abstract, the_step, batch, count)
 
 

@@ -73,7 +73,7 @@ class LogHook:
         pace = self._pace(self._steps, seconds)
         self._sums, self._steps, self._seconds = {}, 0, self._seconds + seconds
         skips = int(state.extra['skips']['total']) if 'skips' in state.extra else 0  # a skipped step moves no schedule
-        values |= {'learning_rate': float(self.run.learning_rate(max(step - 1 - skips, 0))), **pace}
+        values |= {'learning_rate': float(jax.jit(self.run.learning_rate)(max(step - 1 - skips, 0))), **pace}  # not 20 programs
         self.run.writer.write(step, 'train', self.run.clock.total(), values)
         mfu = 'unknown' if pace['mfu'] is None else f'{100 * pace["mfu"]:.1f}%'
         losses = shown({k: values[k] for k in ('loss', 'accuracy') if k in values})

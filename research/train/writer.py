@@ -88,10 +88,12 @@ class Board:
 
     def _work(self) -> None:
         try:
-            writer = _tensorboard(self._folder)
+            writer = None
             while (item := self._queue.get()) is not None:
+                writer = writer or _tensorboard(self._folder)  # at the first scalar: before, the start needs the processor
                 writer.add_scalar(*item)
-            writer.close()
+            if writer is not None:
+                writer.close()
         except Exception as error:  # noqa: BLE001 - curves are not worth a run
             self._say(f'warning: TensorBoard is off ({type(error).__name__}: {error}); metrics.jsonl has every record')
             while self._queue.get() is not None:

@@ -48,6 +48,15 @@ def test_every_epoch_holds_every_example_once(n, batch):
     assert all(mask.all() for _, _, mask in parts)
 
 
+def test_a_batch_within_one_epoch_is_made_as_one_across_two():
+    for step in range(8):  # of 10 examples: the batches 2 and 7 hold two epochs
+        indices, epochs, _ = TrainPlan(10, 4, seed=5).batch(step)
+        positions = range(4 * step, 4 * step + 4)
+        assert epochs.tolist() == [p // 10 for p in positions]
+        assert indices.tolist() == [plan.permute(np.arange(10), 10, 5, p // 10)[p % 10] for p in positions]
+        assert indices.dtype == epochs.dtype == np.int64
+
+
 def test_a_far_step_of_a_huge_data_set_costs_nothing():
     indices, epochs, _ = TrainPlan(10**10, 4, 0).batch(10**10)
     assert (epochs == 4).all()
