@@ -6,7 +6,7 @@ Shape letters: B batch, H height, W width, C input channels, F output channels, 
 
 Inside a loop XLA's own convolutions have neither threads nor vectors on a CPU (jax 0.10.2: up to 80 times slower), and a loop
 over microbatches is what keeps a step in the cache (`train/microbatches.py`). Elsewhere they are slow where there are many
-channels. Two forms take their place (`python -m bench.convolutions` for what each is worth):
+channels. Two forms take their place:
 
 * *Minimal filtering* F(2x2, 3x3) (Winograd, 1980; Lavin and Gray, 2015, section 4.1, whose names of matrices are used here)
   for 3 x 3 kernels with stride 1: the 36 products that 2 x 2 outputs take become 16, each of all tiles at once.
