@@ -164,7 +164,7 @@ class Bench:
         with self.worker(self.program(name)) as worker:
             for variant in variants:
                 worker.ask({'do': 'use', 'variant': variant, 'batch': batch})
-                blocks = [worker.ask({'do': 'batches', 'count': TRIAL // batch})['seconds'] for _ in range(4)]
+                blocks = [worker.ask({'do': 'batches', 'count': TRIAL // batch})['seconds'] for _ in range(6)]
                 found[variant] = TRIAL / min(blocks[1:])
         speeds = ', '.join(f'{variant} {speed:,.0f}' for variant, speed in found.items())
         self.report.say(f'pipelines of {name}, batch {batch}, examples/s: {speeds}')
