@@ -29,7 +29,7 @@ from research.core.schema import Experiment
 
 ROOT = pathlib.Path(__file__).parents[1]
 TARGETS = {'pinned': {'keras': 1.3, 'pytorch': 1.2}, 'all cores': {'keras': 1.0, 'pytorch': 1.0}}
-BLOCKS = {32: 40, 256: 6}  # steps in a block, by batch
+BLOCKS = {32: 40, 256: 12}  # steps in a block, by batch
 UNTIL = {'do': 'accuracy', 'batch': 32, 'every': 100, 'target': 0.85, 'most': 4000}
 
 

@@ -11,7 +11,7 @@ import sys
 
 import grain
 import numpy as np
-from input_peer import PADDING, padded, serve
+from input_peer import PADDING, serve_arrays
 
 VARIANTS = ('record', 'threads', 'batched')
 
@@ -64,12 +64,5 @@ def pipeline(variant, images, labels, size):
     return iter(found.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
 
 
-def main(path):
-    """Answers requests line by line."""
-    data = np.load(path)
-    images, labels = padded(data['image']), data['label']
-    serve(VARIANTS, {'grain': grain.__version__}, lambda variant, size: pipeline(variant, images, labels, size))
-
-
 if __name__ == '__main__':
-    main(sys.argv[1])
+    serve_arrays(sys.argv[1], VARIANTS, {'grain': grain.__version__}, pipeline)

@@ -33,14 +33,14 @@ def cpu_seconds(pids):
 
 
 class Loading:
-    """Endless batches of the PyTorch loader that `make(variant, size)` gives; knows its worker processes."""
+    """Endless batches of the PyTorch loader that `make` gives for the same arguments; knows its worker processes."""
 
     def __init__(self, make):
         self.make, self.processes = make, ()
 
-    def __call__(self, variant, size):
+    def __call__(self, *arguments):
         """The endless iterator."""
-        loader = self.make(variant, size)
+        loader = self.make(*arguments)
         while True:
             batches = iter(loader)
             self.processes = [worker.pid for worker in getattr(batches, '_workers', ())]
@@ -82,3 +82,10 @@ def serve(variants, versions, pipeline, workers=lambda: ()):
         time.sleep(SETTLE_S)
         replies.write(json.dumps(answer) + '\n')
         replies.flush()
+
+
+def serve_arrays(path, variants, versions, pipeline, workers=lambda: ()):
+    """As `serve`, for pipelines (variant, padded images, labels, batch size) of the arrays of a file."""
+    data = np.load(path)
+    images, labels = padded(data['image']), data['label']
+    serve(variants, versions, lambda variant, size: pipeline(variant, images, labels, size), workers)

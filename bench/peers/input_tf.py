@@ -10,9 +10,8 @@ them. Imports neither jax nor Fulcrum.
 
 import sys
 
-import numpy as np
 import tensorflow as tf
-from input_peer import PADDING, padded, serve
+from input_peer import PADDING, serve_arrays
 
 VARIANTS = ('record', 'batched', 'blocks')
 AHEAD = 2  # batches
@@ -52,12 +51,5 @@ def pipeline(variant, images, labels, size):
     return found.prefetch(AHEAD).as_numpy_iterator()
 
 
-def main(path):
-    """Answers requests line by line."""
-    data = np.load(path)
-    images, labels = padded(data['image']), data['label']
-    serve(VARIANTS, {'tensorflow': tf.__version__}, lambda variant, size: pipeline(variant, images, labels, size))
-
-
 if __name__ == '__main__':
-    main(sys.argv[1])
+    serve_arrays(sys.argv[1], VARIANTS, {'tensorflow': tf.__version__}, pipeline)

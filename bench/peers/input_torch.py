@@ -9,9 +9,8 @@ neither jax nor Fulcrum.
 
 import sys
 
-import numpy as np
 import torch
-from input_peer import PADDING, Loading, padded, serve
+from input_peer import PADDING, Loading, serve_arrays
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
 VARIANTS = ('record', 'workers', 'blocks')
@@ -59,10 +58,8 @@ def loader_of(variant, images, labels, size):
 def main(path):
     """Answers requests line by line."""
     torch.set_num_threads(1)
-    data = np.load(path)
-    images, labels = padded(data['image']), data['label']
-    loading = Loading(lambda variant, size: loader_of(variant, images, labels, size))
-    serve(VARIANTS, {'torch': torch.__version__}, loading, lambda: loading.processes)
+    loading = Loading(loader_of)
+    serve_arrays(path, VARIANTS, {'torch': torch.__version__}, loading, lambda: loading.processes)
 
 
 if __name__ == '__main__':

@@ -55,7 +55,7 @@ def flip(*, probability: float = 0.5) -> Augmentation:
 def _flip(images: jax.Array, chosen: jax.Array) -> jax.Array:
     """Reads each pixel from its column or the mirrored one: choosing between two images would make XLA compute both.
 
-    Rows are indexed too, although they stay: else XLA's CPU code would write the result transposed, and copy it (5 x the time).
+    Rows are indexed too, although they stay: else XLA's CPU code would write the result transposed, and copy it.
     """
     rows, columns = jnp.arange(images.shape[1])[:, None], jnp.arange(images.shape[2])
     columns = jnp.where(chosen[:, None], columns[-1] - columns, columns)  # (B, W)

@@ -53,8 +53,8 @@ class HostFeed:
 def placing(sharding: jax.sharding.Sharding) -> Callable[[Batch], Batch]:
     """How a block of this process gets under `sharding`.
 
-    One CPU device reads the host's memory: nothing is moved, and a compiled step takes numpy arrays as they are, which saves
-    half a millisecond a step. They are made for that step alone, so nobody changes them while it runs.
+    One CPU device reads the host's memory: nothing is moved, and a compiled step takes numpy arrays as they are. They are made
+    for that step alone, so nobody changes them while it runs.
     """
     if jax.process_count() > 1:
         return lambda block: {k: jax.make_array_from_process_local_data(sharding, v) for k, v in block.items()}

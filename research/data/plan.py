@@ -122,7 +122,7 @@ class TrainPlan:
         """(indices, epochs, mask) of one step's global batch, each (B,): int64, int64, float32. Training has no padding."""
         positions = step * self.batch_size + np.arange(self.batch_size)
         epochs, offsets = np.divmod(positions, self.num_examples)
-        if epochs[0] == epochs[-1]:  # nearly always: twice as fast as what follows
+        if epochs[0] == epochs[-1]:  # nearly always, and there is nothing to take apart
             indices = permute(offsets, self.num_examples, self.seed, int(epochs[0]))
             return indices, epochs, np.ones(self.batch_size, np.float32)
         indices = np.empty_like(positions)

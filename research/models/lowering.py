@@ -38,14 +38,9 @@ def on_cpu() -> bool:
     return jax.default_backend() == 'cpu' and not _as_written.get()
 
 
-@contextlib.contextmanager
-def as_written() -> Iterator[None]:
+def as_written() -> contextlib.AbstractContextManager[None]:
     """What is traced within has the form that it has on a GPU or TPU: to count operations that do not depend on the machine."""
-    token = _as_written.set(True)
-    try:
-        yield
-    finally:
-        _as_written.reset(token)
+    return _true(_as_written)
 
 
 def in_loop() -> bool:
@@ -53,14 +48,18 @@ def in_loop() -> bool:
     return _in_loop.get()
 
 
-@contextlib.contextmanager
-def inside_loop() -> Iterator[None]:
+def inside_loop() -> contextlib.AbstractContextManager[None]:
     """Says that what is traced within is the body of a loop, where XLA's CPU compiler has no fast convolutions."""
-    token = _in_loop.set(True)
+    return _true(_in_loop)
+
+
+@contextlib.contextmanager
+def _true(variable: contextvars.ContextVar[bool]) -> Iterator[None]:
+    token = variable.set(True)
     try:
         yield
     finally:
-        _in_loop.reset(token)
+        variable.reset(token)
 
 
 def materialised(x: jax.Array) -> jax.Array:

@@ -37,7 +37,7 @@ ECHOES = ('Event loop is closed', 'Encountered error while reading array index')
 
 @functools.cache
 def _orbax() -> Any:
-    """Orbax, when something is first saved or read: importing it takes half a second, which no first step should wait for."""
+    """Orbax, when something is first saved or read: no first step should wait for its import."""
     import orbax.checkpoint
 
     # What fails is reported once, in plain words. Orbax logs it too, with tracebacks, from its threads and at any time.

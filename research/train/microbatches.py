@@ -4,7 +4,8 @@
 
 What a convolution gives is many times larger than its kernel, and that of a batch leaves the cache that belongs to a core (1 MB
 or so) before it is read again. The sum over microbatches is the same sum (`step.accumulate`). So that all else is the same too,
-a step is left whole where it draws random numbers (dropout), where it has statistics of the batch, and where examples meet.
+a step is left whole where it draws random numbers (dropout), where it has statistics of the batch, and where examples meet; and
+where a convolution would stay XLA's own (bfloat16, groups, a module that does not use `layers.conv`), which is slow in a loop.
 """
 
 import math
@@ -35,16 +36,20 @@ def chosen(task: Any, variables: Any, batch: dict[str, jax.ShapeDtypeStruct], de
     if not lowering.on_cpu() or has_statistics or getattr(task, 'whole_batch', False):
         return 1
     key = jax.eval_shape(lambda: jax.random.key(0))
+
+    def traced() -> core.Jaxpr:
+        return jax.make_jaxpr(lambda v, b, k: gradients_of(task)(v, b, {'dropout': k}))(variables, batch, key).jaxpr
+
     with lowering.as_written():
-        program = jax.make_jaxpr(lambda v, b, k: gradients_of(task)(v, b, {'dropout': k}))(variables, batch, key).jaxpr
-    if any(program.invars[-1] in equation.invars for equation in program.eqns):
-        return 1
+        program = traced()
     size = batch['mask'].shape[0]
     largest, local = max(_outputs_of_convolutions(program), default=0) / size, size // devices
-    for count in (n for n in range(1, local // FEWEST + 1) if local % n == 0):
-        if largest * local / count <= CACHE:
-            return count
-    return 1
+    fitting = (n for n in range(1, local // FEWEST + 1) if local % n == 0 and largest * local / n <= CACHE)
+    count = next(fitting, 1)
+    if count == 1 or any(program.invars[-1] in equation.invars for equation in program.eqns):
+        return 1
+    with lowering.inside_loop():
+        return 1 if any(_outputs_of_convolutions(traced())) else count
 
 
 def _outputs_of_convolutions(program: core.Jaxpr) -> Iterator[int]:

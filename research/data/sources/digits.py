@@ -29,7 +29,7 @@ def digits() -> DataSet:
 def _table() -> np.ndarray:
     """Grey levels and class of each image, (1797, 65) float, from the file that `sklearn.datasets.load_digits` reads.
 
-    Importing scikit-learn, and scipy with it, takes two seconds: half of what the quick start needs until its first step.
+    Importing scikit-learn, and scipy with it, is what the quick start's first step would wait for longest.
     """
     package = importlib.util.find_spec('sklearn')  # imports nothing
     if package is None or package.origin is None:
