@@ -32,7 +32,7 @@ def parts_of(*overrides, devices=1, config='configs/digits_cnn.py'):
     return build.make_parts(experiment, task, spec, mesh, build.learning_rate(experiment.optimizer, facts)), splits
 
 
-WIDE = "model=cnn(features=(1024,), pool=(2,), padding='SAME')"  # (8, 8, 1024): 262 kB an example, and 11 MB of kernels
+WIDE = "model=cnn(features=(1024,), pool=(2,), padding='SAME')"  # (8, 8, 1024): 262 kB an example
 
 
 def test_a_microbatch_fits_in_the_cache():
