@@ -86,8 +86,10 @@ class Until(tf.keras.callbacks.Callback):
         self.wall, self.cpu_from = time.perf_counter(), time.process_time()
 
     def on_train_batch_end(self, batch, logs=None):
-        """Counts a batch."""
+        """Counts a batch; the clock begins after the first, in which the program is traced."""
         self.steps += 1
+        if self.steps == 1:
+            self.begin()
         if self.steps % self.request['every'] and self.steps < self.request['most']:
             return
         self.seconds += time.perf_counter() - self.wall
