@@ -61,7 +61,7 @@ def test_the_step_has_no_slow_operation(images):
 
 def test_filtering_takes_less_than_two_thirds_of_the_operations(images):
     def flops():
-        _, parts, _ = reference_step(images, 'train.accumulate=1')
+        _, parts, _ = reference_step(images, 'train.accumulate=1', batch=256)
         return jax.jit(parts.step).lower(parts.abstract, parts.batch).cost_analysis()['flops']
 
     here = flops()

@@ -18,6 +18,7 @@ written down: those of slices would be sums of padded images.
 
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,6 +34,9 @@ LAST = ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))  # channels last, of two dimen
 LAST_OF_ONE = ((0, 2, 1), (2, 1, 0), (0, 2, 1))
 FEW = 8  # input channels below which patches are taken as they are
 MANY = 32  # channels, in and out, from which filtering is faster than XLA's own form outside of loops too
+LARGE = (
+    2**22
+)  # tiles * channels in * channels out, below which that does not make up for the second or so that it takes to compile
 
 
 def convolution(lhs: jax.Array, rhs: jax.Array, strides: Sequence[int], padding: Any, **options: Any) -> jax.Array:
@@ -45,7 +49,7 @@ def convolution(lhs: jax.Array, rhs: jax.Array, strides: Sequence[int], padding:
       padding: 'SAME', 'VALID' or pairs.
       **options: as flax gives them. Groups, dilations, other layouts and types than float32 are left to XLA.
     """
-    if not lowering.on_cpu() or not _is_plain(lhs, rhs, options) or not (lowering.in_loop() or _is_worth_it(rhs, strides)):
+    if not lowering.on_cpu() or not _is_plain(lhs, rhs, options) or not (lowering.in_loop() or _is_worth_it(lhs, rhs, strides)):
         return jax.lax.conv_general_dilated(lhs, rhs, strides, padding, **options)
     pads: Any = padding
     if isinstance(padding, str):
@@ -70,10 +74,14 @@ def _is_plain(lhs: jax.Array, rhs: jax.Array, options: dict[str, Any]) -> bool:
     )
 
 
-def _is_worth_it(kernel: jax.Array, strides: Sequence[int]) -> bool:
-    """Whether the form here is faster outside of loops too: a mere product, or filtering of many channels."""
+def _is_worth_it(x: jax.Array, kernel: jax.Array, strides: Sequence[int]) -> bool:
+    """Whether the form here is better outside of loops too: a mere product, or filtering of many channels at many places."""
     *places, channels, features = kernel.shape
-    return set(places) == {1} or (_can_filter(kernel, strides) and min(channels, features) >= MANY)
+    if set(places) == {1}:
+        return True
+    tiles = math.prod(x.shape[:-1]) // 4
+    can_gain = min(channels, features) >= MANY and tiles * channels * features >= LARGE
+    return _can_filter(kernel, strides) and can_gain
 
 
 def _can_filter(kernel: jax.Array, strides: Sequence[int]) -> bool:

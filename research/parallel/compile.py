@@ -7,6 +7,7 @@ sees one device's B / N examples, so the step must be built with gradients that 
 every device holds the same state; the state goes in and out replicated, in the same form as under jit.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,8 @@ from research.parallel.mesh import DATA_AXIS
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
 
+WIDEST = {'xla_cpu_prefer_vector_width': 512}  # bits; XLA's default is 256, also where registers are twice as wide
+
 
 def axis_name(kind: str) -> str | None:
     """The axis over which a step compiled as `kind` must sum its gradients itself; None under jit."""
@@ -31,7 +34,7 @@ def run_once(function: Callable[[], Any], mesh: Mesh, layout: Any) -> Callable[[
 
     What runs once should be compiled fast: on a CPU LLVM's first level of optimisation takes a third of the time.
     """
-    options = {'xla_backend_optimization_level': 1} if mesh.devices.flat[0].platform == 'cpu' else None
+    options = {'xla_backend_optimization_level': 1} if _on_cpu(mesh) else None
     return jax.jit(function, out_shardings=layout, compiler_options=options)
 
 
@@ -70,7 +73,7 @@ def _jit(step: Step, mesh: Mesh, batch: Any, state: Any) -> Step:
     """The step over global arrays."""
     shardings, replicated = jax.tree.map(lambda leaf: leaf.sharding, state), meshes.replicated(mesh)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
-    return jitted.lower(state, batch).compile()
+    return jitted.lower(state, batch).compile(_options(mesh))
 
 
 def _pmap(step: Step, mesh: Mesh, batch: Any, state: Any) -> Step:
@@ -80,5 +83,15 @@ def _pmap(step: Step, mesh: Mesh, batch: Any, state: Any) -> Step:
     devices = list(mesh.devices.flat)
     mapped = jax.pmap(step, axis_name=DATA_AXIS, in_axes=(None, 0), out_axes=(None, None), devices=devices, donate_argnums=0)
     split = jax.jit(lambda batch: jax.tree.map(lambda x: x.reshape(mesh.size, -1, *x.shape[1:]), batch))  # (N, B/N, ...)
-    compiled = mapped.lower(state, jax.eval_shape(split, batch)).compile()
+    compiled = mapped.lower(state, jax.eval_shape(split, batch)).compile(_options(mesh))
     return lambda state, batch: compiled(state, split(batch))
+
+
+def _options(mesh: Mesh) -> dict[str, Any] | None:
+    """XLA's options for a step; those in XLA_FLAGS have precedence."""
+    is_chosen = any(name in os.environ.get('XLA_FLAGS', '') for name in WIDEST)
+    return WIDEST if _on_cpu(mesh) and not is_chosen else None
+
+
+def _on_cpu(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == 'cpu'

@@ -6,6 +6,7 @@ Nothing here makes an array: shapes first (`eval_shape`), then shardings, then c
 import dataclasses
 import functools
 from collections.abc import Callable, Sized
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -190,3 +191,11 @@ def make_step(experiment: Experiment, task: Task, optimizer: optax.GradientTrans
 def compile_parts(parts: Parts, experiment: Experiment, mesh: Mesh) -> Step:
     """Compiles the step for its shapes and devices, by jit or pmap."""
     return compilation.compile_step(parts.step, mesh, experiment.parallel.compile, parts.batch, parts.abstract)
+
+
+def compiling(parts: Parts, experiment: Experiment, mesh: Mesh) -> Callable[[], Step]:
+    """`compile_parts` in a thread that begins now, for there is more to do before the first step; the result waits for it."""
+    thread = futures.ThreadPoolExecutor(1, 'compile')
+    found = thread.submit(compile_parts, parts, experiment, mesh)
+    thread.shutdown(wait=False)
+    return found.result

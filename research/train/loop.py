@@ -8,6 +8,7 @@ import collections
 import contextlib
 import pathlib
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -86,8 +87,10 @@ def train(
         checkpoints = stack.enter_context(Checkpoints(directory.checkpoints, experiment.checkpoint.keep, **kept))
         best = stack.enter_context(Checkpoints(directory.best, **kept)) if experiment.checkpoint.best else None
         writer = stack.enter_context(Writer(directory, experiment.log.tensorboard, reporter.say))
-        run, parts = _prepare(experiment, mesh, directory, reporter, writer, clock, votes, overrides or [], allow_change)
-        return _train(run, parts, checkpoints, best, watch)
+        run, parts, compiling = _prepare(
+            experiment, mesh, directory, reporter, writer, clock, votes, overrides or [], allow_change
+        )
+        return _train(run, parts, compiling, checkpoints, best, watch)
 
 
 def _prepare(
@@ -100,8 +103,8 @@ def _prepare(
     votes: Votes,
     overrides: list[str],
     allow_change: bool,
-) -> tuple[Run, build.Parts]:
-    """Everything before the first array: data, task, facts, abstract state, run.json."""
+) -> tuple[Run, build.Parts, Callable[[], Step]]:
+    """Everything before the first array: data, task, facts, abstract state, the step (being compiled), run.json."""
     if (warning := cache.enable()) is not None:
         reporter.say(warning)
     start.clear_other(experiment, directory, reporter.say)
@@ -116,6 +119,7 @@ def _prepare(
     evaluator = Evaluator(task, build_augmentation(experiment.data.preprocess), mesh)
     feeds = evaluation_feeds(experiment, splits, mesh)
     check_watched(experiment, evaluator.names(parts.abstract.variables, parts.batch))
+    step = build.compiling(parts, experiment, mesh)
     record = start.record(experiment, overrides, data_fingerprint, {'class_names': spec.class_names, **provenance()})
     run = Run(
         experiment,
@@ -135,7 +139,7 @@ def _prepare(
         bad_records,
     )
     _introduce(run, task, parts)
-    return run, parts
+    return run, parts, step
 
 
 def evaluation_feeds(experiment: Experiment, splits: dict[str, Source], mesh: Mesh) -> dict[str, tuple[Any, int]]:
@@ -170,7 +174,14 @@ def _introduce(run: Run, task: Task, parts: build.Parts) -> None:
     run.reporter.say(f'on     {run.mesh.size} x {jax.devices()[0].device_kind}, recorded in {run.directory.path}')
 
 
-def _train(run: Run, parts: build.Parts, checkpoints: Checkpoints, best: Checkpoints | None, watch: Guardian) -> dict[str, Any]:
+def _train(
+    run: Run,
+    parts: build.Parts,
+    compiling: Callable[[], Step],
+    checkpoints: Checkpoints,
+    best: Checkpoints | None,
+    watch: Guardian,
+) -> dict[str, Any]:
     """From the first state to the summary."""
     run.windows = rollback.read_history(run.directory.rollbacks)
     rollback.drop_discarded(checkpoints, run.windows)
@@ -180,9 +191,7 @@ def _train(run: Run, parts: build.Parts, checkpoints: Checkpoints, best: Checkpo
     start.go_on(run, first, origin, best, watch.since)
     run.reporter.phase('compiling')
     with run.clock.phase('compile'):
-        step = Audit(
-            build.compile_parts(parts, run.experiment, run.mesh), run.steps_of(run.experiment.train.audit_every), run.differ
-        )
+        step = Audit(compiling(), run.steps_of(run.experiment.train.audit_every), run.differ)
     run.directory.event('compile', seconds=run.clock.own())
 
     def steps(state: TrainState, earlier: dict[str, Any]) -> TrainState:
