@@ -86,7 +86,8 @@ def _largest(x: jax.Array) -> jax.Array:
 def _largest_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
     (x,), (by_x,) = primals, tangents
     found = _largest(x)
-    share = lowering.materialised(1 / sum((place == found).astype(x.dtype) for place in _places(x)))
+    ties = functools.reduce(jnp.add, [(place == found).astype(x.dtype) for place in _places(x)])
+    share = lowering.materialised(1 / ties)
     chosen = jnp.where(x == found[:, None, :, None], lowering.materialised(by_x), 0)
     return found, lowering.materialised(chosen.sum((1, 3)) * share)
 

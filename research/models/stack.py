@@ -220,6 +220,7 @@ class Stack(nn.Module):
       depth: L.
       scan: compile one block and loop over it: compilation time does not grow with L.
       remat: what the backward pass computes again: 'none', 'full' (all of a block) or 'dots' (all but products with weights).
+        Of a program for a CPU that saves memory with `scan` alone: elsewhere XLA's CPU compiler computes it again at once.
     """
 
     options: LayerOptions

@@ -9,6 +9,7 @@ With 30 training examples of class 0 and 10 of class 1, 'balanced' weights are 4
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ import numpy as np
 
 from research.core.errors import UsageError
 from research.core.terms import Terms, weighted
-from research.tasks.base import Batch, Supervised, check_keys
+from research.tasks.base import Batch, Keys, Supervised, Variables, check_keys
 from research.tasks.losses import cross_entropy, unmasked
 from research.tasks.metrics import CLASS_METRICS, make
 from research.tasks.states import Metric
@@ -40,6 +41,7 @@ class Classify(Supervised):
       focal_gamma: exponent of the focal loss, >= 0; 0 is cross-entropy, 2 the paper's choice.
       class_weights: one weight per class, 'balanced' for n / (K * count of the class), or None for 1 each.
       metrics: names of metrics, see `metrics.CLASS_METRICS`.
+      test_time_flip: evaluation averages the logits of an image (H, W, C) and of its mirror image, for twice the time.
 
     Raises:
       UsageError: the data have no classes or not these keys, or a value is out of range.
@@ -51,6 +53,7 @@ class Classify(Supervised):
     focal_gamma: float = 0.0
     class_weights: tuple[float, ...] | str | None = None
     metrics: tuple[str, ...] | dict[str, Metric] = ('accuracy',)
+    test_time_flip: bool = False
 
     def __post_init__(self):
         if not self.data.class_names:
@@ -62,6 +65,8 @@ class Classify(Supervised):
             raise UsageError(
                 f'focal_gamma is {self.focal_gamma}, outside [0, inf)', 'try focal_gamma=2.0, or 0 for cross-entropy'
             )
+        if self.test_time_flip and len(shape := self.data.examples[self.inputs][0]) != 3:
+            raise UsageError(f'test_time_flip mirrors images, not inputs of shape {shape}', 'set task.test_time_flip=false')
         _ = self.weight_of_class  # raises on weights that do not fit
         object.__setattr__(self, 'metrics', make(self.metrics, CLASS_METRICS, self.num_outputs, self.labels))
 
@@ -78,6 +83,16 @@ class Classify(Supervised):
         if self.class_weights == 'balanced':
             return balanced(self.data.class_counts, self.num_outputs)
         return given(self.class_weights, self.num_outputs)
+
+    def apply(
+        self, variables: Variables, batch: Batch, rngs: Keys | None, train: bool, method: str | None = None
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """As `Supervised.apply`; in evaluation with `test_time_flip`, the mean of two outputs."""
+        outputs, state = super().apply(variables, batch, rngs, train, method)
+        if self.test_time_flip and not train and method is None:
+            mirrored = {**batch, self.inputs: jnp.flip(batch[self.inputs], -2)}  # along W
+            outputs = (outputs + super().apply(variables, mirrored, rngs, train)[0]) / 2
+        return outputs, state
 
     def terms(self, outputs: jax.Array, batch: Batch) -> Terms:
         """'loss' and 'accuracy' of logits (B, K)."""

@@ -258,6 +258,33 @@ def test_the_registry_sees_every_config_field():
     assert built.label_smoothing == 0.1 and list(built.metrics) == ['f1']
 
 
+class FirstColumn(nn.Module):
+    """Outputs that say what is on the left."""
+
+    num_outputs: int
+
+    @nn.compact
+    def __call__(self, inputs, train: bool = False):
+        return nn.Dense(self.num_outputs)(inputs[:, :, 0, 0])
+
+
+def test_a_flip_in_evaluation_averages_two_views():
+    image = ((FEATURES, 5, 1), np.dtype(np.float32))
+    data = dataclasses.replace(SPEC, examples={**SPEC.examples, 'image': image})
+    plain, task = (classify(FirstColumn, data, test_time_flip=flip) for flip in (False, True))
+    batch = {**draw(), 'image': np.random.default_rng(1).normal(size=(16, *image[0])).astype(np.float32)}
+    mirrored = {**batch, 'image': batch['image'][:, :, ::-1]}
+    variables = task.init(jax.random.key(0), batch)
+    found, views = task.predict(variables, batch), [plain.predict(variables, b) for b in (batch, mirrored)]
+    np.testing.assert_allclose(found, (views[0] + views[1]) / 2, rtol=1e-6, atol=1e-6)
+    assert not np.allclose(found, views[0])
+    np.testing.assert_allclose(task.predict(variables, mirrored), found, rtol=1e-6, atol=1e-6)
+    in_training = [t.loss(variables, batch, {'dropout': jax.random.key(1)}, train=True)[0]['loss'] for t in (plain, task)]
+    np.testing.assert_array_equal(*in_training)
+    evaluated = [t.loss(variables, batch, None, train=False)[0]['loss'][0] for t in (plain, task)]
+    assert evaluated[0] != evaluated[1]
+
+
 NUMBERS = DataSpec(examples={'image': ((4,), np.dtype(np.float32)), 'label': ((), np.dtype(np.float32))})
 REFUSED = [
     ({'data': NUMBERS}, r"needs classes[^\n]*\n  fix: use task.name='regress'"),
@@ -267,6 +294,7 @@ REFUSED = [
     ({'label_smoothing': -0.1}, 'label_smoothing is -0.1'),
     ({'focal_gamma': -1.0}, 'focal_gamma is -1.0'),
     ({'focal_gamma': float('nan')}, 'focal_gamma is nan'),
+    ({'test_time_flip': True}, r'test_time_flip mirrors images, not inputs of shape \(4,\)'),
     ({'class_weights': (1.0, 2.0)}, '2 values for 3 classes'),
     ({'class_weights': 'even'}, "class_weights is 'even'"),
     ({'class_weights': (1.0, -1.0, 1.0)}, 'finite numbers >= 0'),
