@@ -116,5 +116,4 @@ def main(argv: list[str]) -> int:
 if __name__ == '__main__':
     sys.stdout.reconfigure(errors='replace')  # type: ignore[union-attr] - a terminal without UTF-8 must not end a run
     code = main(sys.argv)
-    files.settle_output()
-    sys.exit(code)
+    guardian.leave(code)

@@ -22,6 +22,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 PINNED = {'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1', 'TF_NUM_INTRAOP_THREADS': '1', 'NPROC': '1', 'JAX_PLATFORMS': 'cpu'}
+TUNED = {  # what parallel/memory.py does from inside
+    'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=2147483647:glibc.malloc.mmap_max=0'
+    ':glibc.malloc.arena_max=1'
+}
 RESAMPLES = 2000
 TOLERANCE = 0.10  # of an A/A comparison
 Rounds = list[dict[str, dict[str, float]]]

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.arms import PINNED, Worker, compared, interleave, serve, timed, verdict
+from bench.arms import PINNED, TUNED, Worker, compared, interleave, serve, timed, verdict
 from bench.report import cpu_name
 from research.core import files, schema
 from research.data.build import build_splits
@@ -32,11 +32,6 @@ ROOT = pathlib.Path(__file__).parents[1]
 TARGET = 1.2
 STEPS, CONTEXT, BATCH = 2000, 64, 12
 MODEL = "decoder(depth=4, width=128, heads=4, max_length=64, activation='gelu_exact', bias=False)"
-
-TUNED = {  # what parallel/memory.py does from inside
-    'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=2147483647:glibc.malloc.mmap_max=0'
-    ':glibc.malloc.arena_max=1'
-}
 
 
 def experiment(seed: int, steps: int = STEPS) -> schema.Experiment:

@@ -3,14 +3,15 @@
     taskset -c 0 python -m bench.memory --output=memory.json
 
 Each arm is a process of its own that takes steps of one experiment. *Working memory* is what XLA sets aside for the step beside
-the state and the batch (`memory_analysis`), *peak* the most that the process has held in memory since before the step was
-compiled. The time of a step is compared in blocks, in shuffled order, as everywhere (`bench/arms.py`).
+the state and the batch (`memory_analysis`), *peak* what the process has held more in memory during the first steps than
+before them, when what the compiler had freed was given back. Times are compared in blocks, in shuffled order (`bench/arms.py`).
 
 The leak gate runs `launch.py` with ten times the steps, records, evaluations and checkpoints, and compares the peaks of whole
 processes; `tests/train/test_leaks.py` asserts the same within one process.
 """
 
 import argparse
+import ctypes
 import os
 import pathlib
 import re
@@ -61,17 +62,14 @@ class Stepper:
     """One experiment, step by step."""
 
     def __init__(self, path: str, overrides: list[str]):
-        import jax
-
         from research.core import config_file
         from research.data.build import build_splits
         from research.data.pipeline import make_feed
         from research.data.plan import plan_of
-        from research.parallel import memory
+        from research.parallel import compile as compilation
         from research.parallel import mesh as meshes
         from research.train import build
 
-        memory.keep_freed()
         experiment, mesh = config_file.resolve(path, overrides), meshes.make_mesh(1)
         splits, spec = build_splits(experiment.data)
         task = build.make_task(experiment, spec)
@@ -80,7 +78,7 @@ class Stepper:
         plan = plan_of(splits['train'], experiment.data.batch_size, 0)
         feed = make_feed(splits['train'], plan, meshes.batch_sharding(mesh), 'host')
         self.batches, self.state, self.done = [feed(k) for k in range(4)], parts.init(), 0
-        program = jax.jit(parts.step, donate_argnums=0).lower(parts.abstract, parts.batch).compile()
+        program = compilation.jit_step(parts.step, mesh, parts.batch, parts.abstract)
         self.working, self.step, self.microbatches = program.memory_analysis().temp_size_in_bytes, program, parts.microbatches
 
     def steps(self, count: int) -> None:
@@ -95,7 +93,11 @@ class Stepper:
 
 def work(path: str, overrides: list[str]) -> None:
     """The process of an arm."""
+    from research.parallel import memory
+
     stepper = Stepper(path, overrides)
+    ctypes.CDLL(None).malloc_trim(0)
+    memory.keep_freed()
     pathlib.Path('/proc/self/clear_refs').write_text('5')  # the most so far is what it is now
     before = resident('VmRSS')
     stepper.steps(STEPS)

@@ -8,7 +8,8 @@ Whole training loops as users run them, on the same tensors: Fashion-MNIST padde
 since CIFAR-10 is in no package. Fulcrum: `train` with all its hooks at the config's defaults (`bench/paced.py`). Keras: the
 tutorial's `model.fit`. PyTorch: a plain loop, channels-last, fused Adam. Persistent processes take blocks of steps in shuffled
 order; `again` is a second process of Fulcrum. Pinned to one core each has one thread; on all cores each has its defaults, and
-only a quiet machine tells anything there.
+only a quiet machine tells anything there. With `--tuned` the peers have what `parallel/memory.py` gives Fulcrum: memory that is
+kept, in huge pages. No program shows its progress: Keras has `verbose=0`, and the output of the others is no terminal.
 
 Seconds to 85 % on the 10,000 test images are those of training alone: every 100 steps the clock stands while it is evaluated.
 """
@@ -22,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.arms import PINNED, Rounds, Worker, compared, interleave
+from bench.arms import PINNED, TUNED, Rounds, Worker, compared, interleave
 from bench.report import Report
 from research.core import config_file, schema
 from research.core.schema import Experiment
@@ -63,16 +64,16 @@ def write_images(path: pathlib.Path) -> None:
 class Arms:
     """The processes, started anew for each mode."""
 
-    def __init__(self, peer: str, path: str, core: int | None):
+    def __init__(self, peer: str, path: str, core: int | None, tuned: bool):
         ours = [sys.executable, '-m', 'bench.reference_cnn', '--worker', path]
         peers = {
             name: [peer, str(ROOT / f'bench/peers/cnn_{file}.py'), path]
             for name, file in (('keras', 'keras'), ('pytorch', 'torch'))
         }
         environment = {} if core is None else PINNED
-        self.workers = {
-            n: Worker(command, core, environment) for n, command in {'fulcrum': ours, 'again': ours, **peers}.items()
-        }
+        of_peers = {**environment, **(TUNED if tuned else {})}
+        self.workers = {n: Worker(ours, core, environment) for n in ('fulcrum', 'again')}
+        self.workers |= {n: Worker(command, core, of_peers) for n, command in peers.items()}
 
     def __enter__(self) -> dict[str, Worker]:
         return self.workers
@@ -118,6 +119,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--worker', help=argparse.SUPPRESS)
     parser.add_argument('--peer', default=str(ROOT / '.venv-bench/bin/python'), help='a Python that has TensorFlow and PyTorch')
+    parser.add_argument('--tuned', action='store_true', help="give the peers Fulcrum's settings of the allocator too")
     parser.add_argument('--rounds', type=int, default=24)
     parser.add_argument('--seeds', type=int, default=5)
     parser.add_argument('--core', type=int, default=0)
@@ -134,7 +136,7 @@ def main(argv: list[str]) -> None:
         report = None
         for mode in options.modes:
             core = options.core if mode == 'pinned' else None
-            with Arms(options.peer, path, core) as workers:
+            with Arms(options.peer, path, core, options.tuned) as workers:
                 if report is None:
                     versions = {k: v for peer in TARGETS[mode] for k, v in workers[peer].ask({'do': 'versions'}).items()}
                     report = Report(versions)

@@ -20,6 +20,11 @@ EXACT = 23_270_000  # FLOPs of an example, forward and backward, by XLA's own co
 HOST = ('infeed', 'outfeed', 'send', 'recv', 'xla_python_cpu_callback', 'xla_ffi_python_cpu_callback')
 
 
+@pytest.fixture(autouse=True)
+def one_core(monkeypatch):
+    monkeypatch.setenv('NPROC', '1')  # of which the size of microbatches follows
+
+
 @pytest.fixture(scope='module')
 def images(tmp_path_factory):
     """A file of random images in the shape of CIFAR-10."""
@@ -67,6 +72,19 @@ def test_filtering_takes_less_than_two_thirds_of_the_operations(images):
     here = flops()
     with lowering.as_written():
         assert here < 2 / 3 * flops()
+
+
+def test_devices_keep_their_own_images(images):
+    experiment = config_file.resolve(
+        'configs/cifar10_cnn.py', [f'data.source=npz(path={str(images)!r})', 'data.batch_size=512']
+    )
+    mesh, (splits, spec) = meshes.make_mesh(8), build_splits(experiment.data)
+    task = build.make_task(experiment, spec)
+    facts = build.measure(experiment, task, spec, splits['train'])
+    parts = build.make_parts(experiment, task, spec, mesh, build.learning_rate(experiment.optimizer, facts))
+    text = jax.jit(parts.step).lower(parts.abstract, parts.batch).compile().as_text()
+    assert 'all-reduce' in text
+    assert not [name for name in ('all-gather', 'all-to-all', 'collective-permute') if name in text]
 
 
 def test_memory_of_a_step_does_not_grow_with_its_batch(images):

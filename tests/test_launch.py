@@ -114,3 +114,15 @@ def test_the_doctor_tells_of_this_machine(tmp_path):
     assert done.returncode == 0, done.stderr
     for word in ('jax', 'python', 'cpu', 'disk'):
         assert word in done.stdout.lower()
+
+
+def test_a_mistake_does_not_wait_for_the_compiler(tmp_path):
+    program = (
+        'import sys, time, launch\nfrom research.core import guardian\nfrom research.train import build\n'
+        'build.compile_parts = lambda *parts: time.sleep(300)\nguardian.leave(launch.main(sys.argv))'
+    )
+    arguments = ['--config=configs/digits_cnn.py', f'--config.init_from={tmp_path}', f'--workdir={tmp_path / "run"}']
+    command = [sys.executable, '-c', program, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2, done.stderr
+    assert 'config.init_from' in done.stderr

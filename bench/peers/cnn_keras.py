@@ -114,12 +114,12 @@ def exchange(answer, replies):
 def fit(data, batch, callback):
     """Trains until the callback has had enough."""
     with contextlib.suppress(EnoughError):
-        make_model().fit(data['x_train'], data['y_train'], batch_size=batch, epochs=1000, callbacks=[callback])
+        make_model().fit(data['x_train'], data['y_train'], batch_size=batch, epochs=1000, verbose=0, callbacks=[callback])
 
 
 def main(path):
     """Answers requests line by line."""
-    replies, sys.stdout = sys.stdout, open(os.devnull, 'w')  # noqa: SIM115 - the progress bar goes there
+    replies, sys.stdout = sys.stdout, open(os.devnull, 'w')  # noqa: SIM115 - what is printed goes there
     if os.environ.get('OMP_NUM_THREADS') == '1':
         tf.config.threading.set_intra_op_parallelism_threads(1)
         tf.config.threading.set_inter_op_parallelism_threads(1)

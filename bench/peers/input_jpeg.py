@@ -6,6 +6,7 @@ An image's shorter side is scaled to SIZE and its centre cut out, as torchvision
 worker processes, none being the loader's own. Imports neither jax nor Fulcrum.
 """
 
+import os
 import pathlib
 import sys
 
@@ -37,7 +38,8 @@ class Folder(Dataset):
 
 def main(folder, size):
     """Answers requests line by line."""
-    torch.set_num_threads(1)
+    if os.environ.get('OMP_NUM_THREADS') == '1':
+        torch.set_num_threads(1)
     data = Folder(folder, int(size))
 
     def loader_of(variant, batch):

@@ -7,6 +7,7 @@ Variants: 'record' is a data set that augments one example, in the loader's own 
 neither jax nor Fulcrum.
 """
 
+import os
 import sys
 
 import torch
@@ -15,6 +16,9 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
 VARIANTS = ('record', 'workers', 'blocks')
 WORKERS = 2
+
+
+RANGES = torch.tensor([2 * PADDING + 1, 2 * PADDING + 1, 2])
 
 
 class Examples(Dataset):
@@ -28,7 +32,7 @@ class Examples(Dataset):
         return len(self.images)
 
     def __getitem__(self, index):
-        top, left, mirrored = (torch.rand(3) * torch.tensor([2 * PADDING + 1, 2 * PADDING + 1, 2])).int().tolist()
+        top, left, mirrored = (torch.rand(3) * RANGES).int().tolist()
         image = self.images[index, top : top + self.height, left : left + self.width]
         return (image.flip(1) if mirrored else image), self.labels[index]
 
@@ -57,7 +61,8 @@ def loader_of(variant, images, labels, size):
 
 def main(path):
     """Answers requests line by line."""
-    torch.set_num_threads(1)
+    if os.environ.get('OMP_NUM_THREADS') == '1':
+        torch.set_num_threads(1)
     loading = Loading(loader_of)
     serve_arrays(path, VARIANTS, {'torch': torch.__version__}, loading, lambda: loading.processes)
 

@@ -27,7 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from research.core import files
 from research.core.errors import ExitCode, Interrupted, exit_code
@@ -36,6 +36,7 @@ from research.core.exit_timer import ExitTimer
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # the last where nohup has not asked to ignore it
 TOOL = 'tool'  # a mode that trains nothing: without a bound, for somebody waits for it
 NOTHING_TO_LOSE = ('start', 'restore', 'compile', TOOL)  # no step is done that is not on disk
+BACKGROUND = 'background'  # name of a thread whose work is of no use once the process ends
 LEAVE_AT_ONCE = ('data',)  # where a single process may be interrupted anywhere without loss
 LIMITS = {
     'start': 1800.0,
@@ -326,3 +327,11 @@ def process_start() -> float:
     except (OSError, ValueError, AttributeError, IndexError):
         return time.monotonic()
     return time.monotonic() - max(age, 0.0)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process with `code`, its output settled, without waiting for a thread that still works for nobody."""
+    files.settle_output()
+    if any(thread.name == BACKGROUND for thread in threading.enumerate()):
+        os._exit(code)
+    sys.exit(code)

@@ -53,9 +53,18 @@ def flip(*, probability: float = 0.5) -> Augmentation:
 
 
 def _flip(images: jax.Array, chosen: jax.Array) -> jax.Array:
-    """Reads each pixel from its column or the mirrored one: choosing between two images would make XLA compute both.
+    """The images (B, H, W, C), mirrored where `chosen` (B,)."""
+    return jax.lax.platform_dependent(images, chosen, cpu=_flip_by_index, default=_flip_by_choice)
 
-    Rows are indexed too, although they stay: else XLA's CPU code would write the result transposed, and copy it.
+
+def _flip_by_choice(images: jax.Array, chosen: jax.Array) -> jax.Array:
+    return jnp.where(chosen[:, None, None, None], images[:, :, ::-1], images)
+
+
+def _flip_by_index(images: jax.Array, chosen: jax.Array) -> jax.Array:
+    """Reads each pixel from its column or the mirrored one: XLA's CPU compiler would compute both images to choose from.
+
+    Rows are indexed too, although they stay: else its code would write the result transposed, and copy it.
     """
     rows, columns = jnp.arange(images.shape[1])[:, None], jnp.arange(images.shape[2])
     columns = jnp.where(chosen[:, None], columns[-1] - columns, columns)  # (B, W)

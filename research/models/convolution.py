@@ -75,8 +75,13 @@ def _is_plain(lhs: jax.Array, rhs: jax.Array, options: dict[str, Any]) -> bool:
 
 
 def _is_worth_it(x: jax.Array, kernel: jax.Array, strides: Sequence[int]) -> bool:
-    """Whether the form here is better outside of loops too: a mere product, or filtering of many channels at many places."""
+    """Whether the form here is better outside of loops too: a mere product, or filtering of many channels at many places.
+
+    Not if the batch is divided: rows of products are (H, W, B), of which XLA can only give whole copies to every device.
+    """
     *places, channels, features = kernel.shape
+    if lowering.is_divided():
+        return False
     if set(places) == {1}:
         return True
     tiles = math.prod(x.shape[:-1]) // 4

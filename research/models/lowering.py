@@ -31,6 +31,7 @@ _barrier = jax.jit(lambda x: jax.lax.optimization_barrier(x))
 
 _as_written = contextvars.ContextVar('as_written', default=False)
 _in_loop = contextvars.ContextVar('in_loop', default=False)
+_is_divided = contextvars.ContextVar('is_divided', default=False)
 
 
 def on_cpu() -> bool:
@@ -51,6 +52,16 @@ def in_loop() -> bool:
 def inside_loop() -> contextlib.AbstractContextManager[None]:
     """Says that what is traced within is the body of a loop, where XLA's CPU compiler has no fast convolutions."""
     return _true(_in_loop)
+
+
+def is_divided() -> bool:
+    """Whether what is traced now is one program that XLA divides over several devices."""
+    return _is_divided.get()
+
+
+def divided(over: int) -> contextlib.AbstractContextManager[Any]:
+    """Says that what is traced within is one program for `over` devices, among which XLA divides the batch."""
+    return _true(_is_divided) if over > 1 else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -44,7 +44,7 @@ def compile_step(step: Step, mesh: Mesh, kind: str, batch: Any, state: Any) -> S
     The terms come packed. The state's buffers are donated: the caller must not use the state that it passed in. A batch of
     another shape (rows that are padded to a shorter length) is compiled for when it first comes.
     """
-    make, step = _pmap if kind == 'pmap' else _jit, _packed(step)
+    make, step = _pmap if kind == 'pmap' else jit_step, _packed(step)
     programs = {_shapes(batch): make(step, mesh, batch, state)}
 
     def compiled(now: Any, given: Any) -> tuple[Any, Any]:
@@ -69,7 +69,7 @@ def _shapes(batch: Any) -> tuple:
     return tuple((name, leaf.shape) for name, leaf in sorted(batch.items()))
 
 
-def _jit(step: Step, mesh: Mesh, batch: Any, state: Any) -> Step:
+def jit_step(step: Step, mesh: Mesh, batch: Any, state: Any) -> jax.stages.Compiled:
     """The step over global arrays."""
     shardings, replicated = jax.tree.map(lambda leaf: leaf.sharding, state), meshes.replicated(mesh)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))

@@ -1,4 +1,4 @@
-"""What the chips can do: peak FLOP/s by device kind, from the makers' data sheets, for model FLOPs utilisation (MFU).
+"""What the machine can do: its CPU cores, and for model FLOPs utilisation (MFU) peak FLOP/s by device kind, from data sheets.
 
 Dense peaks without sparsity, in FLOP/s for one jax device, as published by 2026-11. A kind that is not listed, and any CPU,
 is unknown: MFU is then not given, rather than guessed. TPU v2 and v3 expose each of a chip's two cores as a device.
@@ -6,6 +6,8 @@ is unknown: MFU is then not given, rather than guessed. TPU v2 and v3 expose eac
 Sources: NVIDIA data sheets of V100, A100, L4, L40S, H100, H200 and B200; Google Cloud TPU documentation, pages of each version.
 """
 
+import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +31,14 @@ PEAKS: dict[str, dict[str, float]] = {
     'TPU v5': {'bfloat16': 459 * TERA, 'float32': 459 * TERA},
     'TPU v6 lite': {'bfloat16': 918 * TERA, 'float32': 918 * TERA},
 }
+
+
+def cpu_cores() -> int:
+    """The cores that this process may use, and so the threads that XLA has on a CPU unless NPROC says how many."""
+    given = os.environ.get('NPROC', '')
+    if given.isdigit() and int(given):
+        return int(given)
+    return len(os.sched_getaffinity(0)) if sys.platform == 'linux' else os.cpu_count() or 1
 
 
 def peak_flops(device: Any, dtype: str) -> float | None:

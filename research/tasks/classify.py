@@ -87,7 +87,7 @@ class Classify(Supervised):
     def apply(
         self, variables: Variables, batch: Batch, rngs: Keys | None, train: bool, method: str | None = None
     ) -> tuple[jax.Array, dict[str, Any]]:
-        """As `Supervised.apply`; in evaluation with `test_time_flip`, the mean of two outputs."""
+        """As `Supervised.apply`; in evaluation with `test_time_flip`, the mean of the outputs of two views."""
         outputs, state = super().apply(variables, batch, rngs, train, method)
         if self.test_time_flip and not train and method is None:
             mirrored = {**batch, self.inputs: jnp.flip(batch[self.inputs], -2)}  # along W

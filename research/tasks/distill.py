@@ -109,8 +109,9 @@ class Distill:
 
     @functools.cached_property
     def teacher_task(self) -> Supervised | TokenTask:
-        """The same task with the teacher's model."""
-        return dataclasses.replace(self.inner, model=self.restored.model)
+        """The same task with the teacher's model, which sees what the student sees: no second view."""
+        one_view = {'test_time_flip': False} if hasattr(self.inner, 'test_time_flip') else {}
+        return dataclasses.replace(self.inner, model=self.restored.model, **one_view)
 
     @property
     def module(self) -> nn.Module:

@@ -85,6 +85,11 @@ class Lora:
         """The metrics of the task."""
         return self.task.metrics
 
+    @property
+    def whole_batch(self) -> bool:
+        """Whether the task compares examples with each other."""
+        return getattr(self.task, 'whole_batch', False)
+
     def arguments(self, batch: Batch) -> dict[str, Any]:
         """What the module is called with."""
         return self.task.arguments(batch)

@@ -5,6 +5,7 @@ Nothing here makes an array: shapes first (`eval_shape`), then shardings, then c
 
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable, Sized
 from concurrent import futures
 from typing import Any
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from research.core import registry, rng
+from research.core import guardian, registry, rng
 from research.core.durations import Facts
 from research.core.errors import UsageError
 from research.core.schema import Experiment, Optimizer, Train
@@ -23,6 +24,7 @@ from research.data.source import DataSpec, kinds_of
 from research.optim import build as optim
 from research.optim import schedules
 from research.parallel import compile as compilation
+from research.parallel import hardware
 from research.parallel import mesh as meshes
 from research.parallel.rules import partition
 from research.tasks.base import Task
@@ -142,8 +144,12 @@ def make_parts(experiment: Experiment, task: Task, spec: DataSpec, mesh: Mesh, r
     shapes = jax.eval_shape(init)
     layout = partition(mesh, experiment.parallel.rules, task.module, shapes, experiment.parallel.fsdp)
     abstract = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, layout)
-    count = experiment.train.accumulate or microbatches.chosen(task, shapes.variables, seen, meshes.data_size(mesh))
-    the_step = make_step(experiment, task, optimizer_of(shapes.params), count)
+    over = 1 if experiment.parallel.compile == 'pmap' else mesh.size
+    count = experiment.train.accumulate or 1
+    if experiment.train.accumulate is None and over == 1:
+        in_training, cores = preprocessed(experiment, batch, augment=True), hardware.cpu_cores()
+        count = microbatches.chosen(task, shapes.variables, in_training, meshes.data_size(mesh), cores)
+    the_step = step.divided(make_step(experiment, task, optimizer_of(shapes.params), count), over)
     first = compilation.run_once(init, mesh, layout)
     return Parts(lambda: with_constants(first(), task), abstract, the_step, batch, count)
 
@@ -193,9 +199,24 @@ def compile_parts(parts: Parts, experiment: Experiment, mesh: Mesh) -> Step:
     return compilation.compile_step(parts.step, mesh, experiment.parallel.compile, parts.batch, parts.abstract)
 
 
+def compiled_when_asked(parts: Parts, experiment: Experiment, mesh: Mesh) -> Callable[[], Step]:
+    """`compile_parts`, but later: where a notebook, say, goes on after an error, and has settings of jax for its own thread."""
+    return functools.partial(compile_parts, parts, experiment, mesh)
+
+
 def compiling(parts: Parts, experiment: Experiment, mesh: Mesh) -> Callable[[], Step]:
-    """`compile_parts` in a thread that begins now, for there is more to do before the first step; the result waits for it."""
-    thread = futures.ThreadPoolExecutor(1, 'compile')
-    found = thread.submit(compile_parts, parts, experiment, mesh)
-    thread.shutdown(wait=False)
+    """`compile_parts` in a thread that begins now, for there is more to do before the first step; the result waits for it.
+
+    Settings of jax that hold for one thread only do not hold there. A process that ends before the thread does must neither
+    wait for it nor let Python take down what it uses: `guardian.leave`.
+    """
+    found: futures.Future[Step] = futures.Future()
+
+    def work() -> None:
+        try:
+            found.set_result(compile_parts(parts, experiment, mesh))
+        except BaseException as error:  # noqa: BLE001 - it is raised where the result is asked for
+            found.set_exception(error)
+
+    threading.Thread(target=work, name=guardian.BACKGROUND, daemon=True).start()
     return found.result

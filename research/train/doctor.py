@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from research.core.errors import FulcrumError, StorageError, UsageError
+from research.parallel.hardware import cpu_cores
 
 ROOT = pathlib.Path(__file__).parents[2]
 SUPPORTED = ((3, 11), (3, 13))  # the first and the last Python version that are tested
@@ -278,8 +279,7 @@ def machine() -> Check:
     limit = pathlib.Path('/sys/fs/cgroup/memory.max')
     if limit.is_file() and (text := limit.read_text(encoding='ascii').strip()) != 'max':
         memory = min(memory, int(text))
-    cores = len(os.sched_getaffinity(0)) if sys.platform == 'linux' else os.cpu_count()
-    return Check('machine', 'ok', f'{memory / 1e9:.1f} GB of memory, {cores} cores')
+    return Check('machine', 'ok', f'{memory / 1e9:.1f} GB of memory, {cpu_cores()} cores')
 
 
 def disk(workdir: pathlib.Path) -> Check:

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from research.core import guardian, rng
 from research.data.pipeline import Feed
+from research.models import lowering
 from research.parallel.mesh import replicated
 from research.tasks.base import Task
 from research.tasks.metrics import summarise
@@ -33,8 +34,9 @@ class Evaluator:
         def batch_states(variables: Any, batch: Any) -> tuple[Any, Any]:
             keys = rng.example_keys(rng.key(0, 'evaluate'), batch['id'], batch['epoch'])  # (B,)
             batch = preprocess(keys, batch)
-            terms, _ = task.loss(variables, batch, {}, train=False)
-            outputs = task.predict(variables, batch)
+            with lowering.divided(mesh.size):
+                terms, _ = task.loss(variables, batch, {}, train=False)
+                outputs = task.predict(variables, batch)
             return terms['loss'], {name: metric.batch(outputs, batch) for name, metric in task.metrics.items()}
 
         self._batch_states = jax.jit(batch_states, out_shardings=replicated(mesh))

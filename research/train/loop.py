@@ -87,10 +87,9 @@ def train(
         checkpoints = stack.enter_context(Checkpoints(directory.checkpoints, experiment.checkpoint.keep, **kept))
         best = stack.enter_context(Checkpoints(directory.best, **kept)) if experiment.checkpoint.best else None
         writer = stack.enter_context(Writer(directory, experiment.log.tensorboard, reporter.say))
-        run, parts, compiling = _prepare(
-            experiment, mesh, directory, reporter, writer, clock, votes, overrides or [], allow_change
-        )
-        return _train(run, parts, compiling, checkpoints, best, watch)
+        begin = build.compiling if watch.owned else build.compiled_when_asked
+        prepared = _prepare(experiment, mesh, directory, reporter, writer, clock, votes, overrides or [], allow_change, begin)
+        return _train(*prepared, checkpoints, best, watch)
 
 
 def _prepare(
@@ -103,8 +102,9 @@ def _prepare(
     votes: Votes,
     overrides: list[str],
     allow_change: bool,
+    begin: Callable[[build.Parts, Experiment, Mesh], Callable[[], Step]],
 ) -> tuple[Run, build.Parts, Callable[[], Step]]:
-    """Everything before the first array: data, task, facts, abstract state, the step (being compiled), run.json."""
+    """Everything before the first array: data, task, facts, abstract state, the step (whose compilation begins), run.json."""
     if (warning := cache.enable()) is not None:
         reporter.say(warning)
     start.clear_other(experiment, directory, reporter.say)
@@ -119,7 +119,7 @@ def _prepare(
     evaluator = Evaluator(task, build_augmentation(experiment.data.preprocess), mesh)
     feeds = evaluation_feeds(experiment, splits, mesh)
     check_watched(experiment, evaluator.names(parts.abstract.variables, parts.batch))
-    step = build.compiling(parts, experiment, mesh)
+    step = begin(parts, experiment, mesh)
     record = start.record(experiment, overrides, data_fingerprint, {'class_names': spec.class_names, **provenance()})
     run = Run(
         experiment,

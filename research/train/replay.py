@@ -64,7 +64,7 @@ def report(workdir: pathlib.Path, overrides: list[str], trust: bool) -> None:
         state, _ = compiled(state, feed(step))
     bare = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, skip_nonfinite=False))
     optimizer = build.make_optimizer(experiment.optimizer, rate, parts.abstract.params)
-    _take(jax.jit(build.make_step(bare, task, optimizer, bare.train.accumulate or 1)), compiled, state, feed, bundle['batches'])
+    _take(jax.jit(build.make_step(bare, task, optimizer, parts.microbatches)), compiled, state, feed, bundle['batches'])
 
 
 def _take(unguarded: Step, guarded: Step, state: TrainState, feed: Feed, batches: list[Any]) -> None:

@@ -154,6 +154,16 @@ def counted(step: Step, axis_name: str | None) -> Step:
     return counted_step
 
 
+def divided(step: Step, over: int) -> Step:
+    """The step, traced as one program that XLA divides over so many devices."""
+
+    def divided_step(state: TrainState, batch: Batch) -> tuple[TrainState, Terms]:
+        with lowering.divided(over):
+            return step(state, batch)
+
+    return divided_step
+
+
 def guarded(step: Step) -> Step:
     """Skips an update whose loss or gradient is not finite: every leaf but the step count stays bit for bit as it was.
 

@@ -228,6 +228,13 @@ class Sum:
         return variables['params']['kernel'].sum()
 
 
+def test_what_compares_within_the_batch_still_does():
+    assert not Lora(Sum(), 2, 2, None, 0.0).whole_batch
+    task = Sum()
+    task.whole_batch = True
+    assert Lora(task, 2, 2, None, 0.0).whole_batch
+
+
 def test_dropout_is_for_training_only_and_keeps_the_mean():
     def loss_of(rate, train, seed):
         lora = Lora(Sum(), 2, 2, (('kernel', 'lora'),), rate)

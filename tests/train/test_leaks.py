@@ -8,9 +8,9 @@ import jax
 from research.core import config_file
 from research.train import loop
 
-SHORT, LONG = 40, 400  # steps
-OFTEN = ('log.every=2 steps', 'evaluate.every=10 steps', 'checkpoint.every=5 steps')
-ALLOWED = 12e6  # bytes; a leak of one float32 array of 9,000 numbers a step is 13 MB
+SHORT, LONG = 60, 600  # steps
+OFTEN = ('log.every=2 steps', 'evaluate.every=12 steps', 'checkpoint.every=6 steps')
+ALLOWED = 20e6  # bytes, what one float32 array of 9,300 numbers a step would come to
 
 
 def resident():

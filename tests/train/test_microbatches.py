@@ -1,6 +1,7 @@
 """How many microbatches make a step where nobody says, and that they change nothing."""
 
 import functools
+import os
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from flax import linen as nn
 from research.core import config_file
 from research.data.build import build_splits
 from research.models import lowering
+from research.parallel import hardware
 from research.parallel import mesh as meshes
 from research.train import build
 
@@ -32,13 +34,29 @@ def parts_of(*overrides, devices=1, config='configs/digits_cnn.py'):
     return build.make_parts(experiment, task, spec, mesh, build.learning_rate(experiment.optimizer, facts)), splits
 
 
+@pytest.fixture(autouse=True)
+def one_core(monkeypatch):
+    monkeypatch.setenv('NPROC', '1')
+
+
 WIDE = "model=cnn(features=(1024,), pool=(2,), padding='SAME')"  # (8, 8, 1024): 262 kB an example
 
 
 def test_a_microbatch_fits_in_the_cache():
     assert parts_of(WIDE)[0].microbatches == 16, '64 examples: 16 of 4 are 1 MB each'
-    assert parts_of(WIDE, devices=8)[0].microbatches == 2, 'eight examples on each of eight devices'
+    assert parts_of(WIDE, 'parallel.compile=pmap', devices=8)[0].microbatches == 2, 'eight examples on each of eight devices'
+    assert parts_of(WIDE, devices=8)[0].microbatches == 1, 'XLA cannot divide the products of a batch'
     assert parts_of()[0].microbatches == 1, 'all of it is small'
+
+
+def test_cores_have_a_cache_each(monkeypatch):
+    monkeypatch.setenv('NPROC', '2')
+    assert parts_of(WIDE)[0].microbatches == 8
+    assert parts_of(WIDE, 'parallel.compile=pmap', devices=2)[0].microbatches == 8, '32 examples on each device, of one core'
+    monkeypatch.setenv('NPROC', '64')
+    assert parts_of(WIDE)[0].microbatches == 1
+    monkeypatch.delenv('NPROC')
+    assert hardware.cpu_cores() == len(os.sched_getaffinity(0))
 
 
 @pytest.mark.parametrize(
@@ -51,10 +69,16 @@ def test_a_microbatch_fits_in_the_cache():
         (WIDE, 'train.accumulate=1'),  # somebody says
         (WIDE, 'train.precision=bfloat16'),  # its convolutions stay XLA's, which are slow in a loop
         (f'model={__name__}:PlainConvolution',),  # as does one of flax
+        ('model=vit(patch=1, width=1024, depth=1, heads=1)',),  # whose patches are a convolution of 262 kB an example
     ],
 )
 def test_a_step_stays_whole(overrides):
     assert parts_of(*overrides)[0].microbatches == 1
+
+
+def test_the_step_is_looked_at_with_its_augmentation():
+    config = 'configs/fashion_resnet_fewlabels.py:labels=64'  # fixmatch, which needs the view that the augmentation makes
+    assert parts_of('data.source=digits', WIDE.replace('1024', '512'), config=config)[0].microbatches > 1
 
 
 def test_accelerators_keep_whole_steps():
