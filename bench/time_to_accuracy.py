@@ -4,10 +4,11 @@
     python -m bench.time_to_accuracy --output=time_to_accuracy.json
 
 Both are runs of config `fashion_mnist_cnn` with all hooks (`bench/paced.py`): `recipe=reference`, the tutorial's, for up to
-`PLAIN_EPOCHS` epochs, and `recipe=fast` with those of `FAST_EPOCHS`. Every 100 steps the clock stands while the 10,000 test
-images are evaluated; the first time that the target is reached ends a run. One that never reaches it counts with all its
-seconds, which makes the ratio a lower bound if it is the plain one's, and its line says so. The recipe was chosen on the
-validation split. Seeds are 0 ... n - 1; the arms of a seed run one after the other, in an order drawn anew.
+`PLAIN_EPOCHS` epochs, and those of `RECIPES`, `fast` to 91 % and `accurate`, with a wider network, to 93 %. Every 100 steps
+the clock stands while the 10,000 test images are evaluated; the first time that the target is reached ends a run. One that
+never reaches it counts with all its seconds, which makes the ratio a lower bound if it is the plain one's, and its line says
+so. The recipe was chosen on the validation split. Seeds are 0 ... n - 1; the arms of a seed run one after the other, in an
+order drawn anew.
 """
 
 import argparse
@@ -23,15 +24,15 @@ from research.core import config_file, schema
 from research.core.schema import Experiment
 
 TARGET = 4.0  # times faster, to the first accuracy
-FAST_EPOCHS = {0.91: 2, 0.93: 12}  # by accuracy
+RECIPES = {0.91: ('fast', 2), 0.93: ('accurate', 12)}  # and their epochs, by accuracy
 PLAIN_EPOCHS = 15
 EVERY = 100  # steps between two evaluations
 
 
 def experiment(request: dict[str, Any]) -> Experiment:
     """The run of an arm."""
-    epochs = PLAIN_EPOCHS if request['recipe'] == 'reference' else FAST_EPOCHS[request['target']]
-    plain = config_file.load(f'configs/fashion_mnist_cnn.py:recipe={request["recipe"]},epochs={epochs}')
+    recipe, epochs = ('reference', PLAIN_EPOCHS) if request['plain'] else RECIPES[request['target']]
+    plain = config_file.load(f'configs/fashion_mnist_cnn.py:recipe={recipe},epochs={epochs}')
     for key, value in {'evaluate.every': '0 steps', 'checkpoint.every': '0 steps', 'seed': str(request['seed'])}.items():
         config_file.override(plain, key, value)
     return schema.resolve(plain)
@@ -49,7 +50,7 @@ def one_seed(workers: dict[str, Worker], target: float, seed: int) -> dict[str, 
     order = list(workers)
     random.Random(seed).shuffle(order)  # noqa: S311 - an order, no secret
     request = {'do': 'accuracy', 'every': EVERY, 'target': target, 'seed': seed}
-    answers = {name: workers[name].ask({**request, 'recipe': 'reference' if name == 'plain' else 'fast'}) for name in order}
+    answers = {name: workers[name].ask({**request, 'plain': name == 'plain'}) for name in order}
     return {name: answers[name] for name in workers}
 
 
@@ -73,7 +74,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument('--worker', action='store_true', help=argparse.SUPPRESS)
     parser.add_argument('--seeds', type=int, default=5)
     parser.add_argument('--core', type=int, default=0)
-    parser.add_argument('--targets', nargs='*', type=float, choices=tuple(FAST_EPOCHS), default=tuple(FAST_EPOCHS))
+    parser.add_argument('--targets', nargs='*', type=float, choices=tuple(RECIPES), default=tuple(RECIPES))
     parser.add_argument('--output', type=pathlib.Path)
     options = parser.parse_args(argv)
     if options.worker:
@@ -87,7 +88,7 @@ def main(argv: list[str]) -> None:
         missed = sum(not r[name]['reached'] for r in found for name in ('fast', 'again'))
         if missed:
             report.say(f'seconds to {target:.0%}: the fast recipe missed it {missed} times; target >= {TARGET:g}: not met')
-        elif target == min(FAST_EPOCHS):
+        elif target == min(RECIPES):
             report.ratio(f'seconds to {target:.0%}, plain / fast', compared(found, 'plain', 'fast'), same, TARGET)
         else:
             report.say(f'seconds to {target:.0%}, plain / fast: {compared(found, "plain", "fast")}')
