@@ -64,6 +64,7 @@ class Trainer:
     def __init__(self) -> None:
         from research.data.pipeline import make_feed
         from research.data.plan import plan_of
+        from research.parallel import memory
         from research.parallel import mesh as meshes
         from research.train import build
 
@@ -74,6 +75,7 @@ class Trainer:
         facts = build.measure(settings, task, spec, splits['train'])
         parts = build.make_parts(settings, task, spec, mesh, build.learning_rate(settings.optimizer, facts))
         self.state, self.compiled = parts.init(), build.compile_parts(parts, settings, mesh)
+        memory.close_gaps()
         self._parts = parts
         plan = plan_of(splits['train'], BATCH, settings.seed)
         self.feed = make_feed(splits['train'], plan, meshes.batch_sharding(mesh), settings.data.placement)

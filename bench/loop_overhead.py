@@ -34,6 +34,7 @@ class Bare:
         from research.data.build import build_splits
         from research.data.pipeline import make_feed
         from research.data.plan import plan_of
+        from research.parallel import memory
         from research.parallel import mesh as meshes
         from research.train import build
 
@@ -47,6 +48,7 @@ class Bare:
         feed = make_feed(splits['train'], plan_of(splits['train'], batch, 0), meshes.batch_sharding(mesh), 'host')
         self.batches = [jax.device_put(feed(k), meshes.batch_sharding(mesh)) for k in range(8)]
         self.state, self.step, self.done = parts.init(), build.compile_parts(parts, settings, mesh), 0
+        memory.close_gaps()
 
     def steps(self, count: int) -> None:
         """Takes steps and waits for the last."""

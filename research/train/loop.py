@@ -191,7 +191,10 @@ def _train(
     start.go_on(run, first, origin, best, watch.since)
     run.reporter.phase('compiling')
     with run.clock.phase('compile'):
-        step = Audit(compiling(), run.steps_of(run.experiment.train.audit_every), run.differ)
+        compiled = compiling()
+        if run.mesh.devices.flat[0].platform == 'cpu':
+            memory.close_gaps()
+        step = Audit(compiled, run.steps_of(run.experiment.train.audit_every), run.differ)
     run.directory.event('compile', seconds=run.clock.own())
 
     def steps(state: TrainState, earlier: dict[str, Any]) -> TrainState:

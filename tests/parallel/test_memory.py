@@ -28,6 +28,21 @@ print(told, faults - first, huge)
 """
 
 
+# Frees every second of many blocks, closes the gaps and asks for one that would fit into any of them.
+GAPS = """
+import ctypes, sys
+from research.parallel import memory
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, (ctypes.c_void_p,)
+sys.argv[1] == 'plain' or memory.keep_freed()
+blocks = [libc.malloc(5000) for _ in range(20000)]
+for block in blocks[::2]:
+    libc.free(block)
+taken = memory.close_gaps()
+print(taken, libc.malloc(4000) > max(blocks))
+"""
+
+
 def run(how, **environment):
     clean = {k: v for k, v in os.environ.items() if not k.startswith(('MALLOC_', 'GLIBC_TUNABLES'))}
     done = subprocess.run(
@@ -51,3 +66,11 @@ def test_kept_memory_costs_no_page_faults():
 def test_the_users_own_settings_stand(name):
     value = '4' if name.startswith('MALLOC') else 'glibc.malloc.arena_max=4'
     assert run('kept', **{name: value})[0] is False
+
+
+def test_gaps_that_were_closed_are_not_looked_at():
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(('MALLOC_', 'GLIBC_TUNABLES'))}
+    command = [sys.executable, '-c', GAPS]
+    kept, plain = (subprocess.check_output([*command, how], env=clean, text=True).split() for how in ('kept', 'plain'))
+    assert int(kept[0]) >= 10000 and kept[1] == 'True'
+    assert plain == ['0', 'False']
