@@ -33,7 +33,7 @@ from research.core.schema import Experiment
 ROOT = pathlib.Path(__file__).parents[1]
 TARGETS = {'pinned': {'keras': 1.3, 'pytorch': 1.2}, 'all cores': {'keras': 1.0, 'pytorch': 1.0}}
 BLOCKS = {32: 40, 256: 12}  # steps in a block, by batch
-STARTS = 3  # times that all processes begin anew: where its memory lies makes one faster than its twin as long as it lives
+STARTS = 3  # times that all processes begin anew: a process may be faster than its twin as long as it lives
 UNTIL = {'do': 'accuracy', 'batch': 32, 'every': 100, 'target': 0.85, 'most': 4000}
 
 
