@@ -97,8 +97,9 @@ def timeline(workdir: str) -> None:
 
 
 def environment(cache: pathlib.Path, **more: str) -> dict[str, str]:
-    """Where the only compilation cache is `cache`."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(('JAX_COMPILATION', 'JAX_PERSISTENT'))}
+    """Where the only compilation cache is `cache`, and Python keeps bytecode, as it does unless told otherwise."""
+    other = ('JAX_COMPILATION', 'JAX_PERSISTENT', 'PYTHONDONTWRITEBYTECODE', 'PYTHONPYCACHEPREFIX')
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(other)}
     return {**kept, 'FULCRUM_CACHE': str(cache), **more}
 
 
