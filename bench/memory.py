@@ -78,7 +78,7 @@ class Stepper:
         plan = plan_of(splits['train'], experiment.data.batch_size, 0)
         feed = make_feed(splits['train'], plan, meshes.batch_sharding(mesh), 'host')
         self.batches, self.state, self.done = [feed(k) for k in range(4)], parts.init(), 0
-        program = compilation.jit_step(parts.step, mesh, parts.batch, parts.abstract)
+        program = compilation.lower_jit(parts.step, mesh, parts.batch, parts.abstract)()
         self.working, self.step, self.microbatches = program.memory_analysis().temp_size_in_bytes, program, parts.microbatches
 
     def steps(self, count: int) -> None:

@@ -9,7 +9,7 @@ metrics.jsonl, so that the step is done and not only begun. Its arrival is timed
 counted, so that files are in the page cache and compiled to bytecode. Without bytecode: for information.
 
 The parts come from processes of their own (`--timeline`), which call `launch.main` and time its parts from inside: the total
-there is that of the real command but for a few hundredths of a second. The step is traced and compiled in a thread meanwhile;
+there is that of the real command but for a few hundredths of a second. The step is compiled in a thread meanwhile;
 only what is left to wait for at the end counts.
 """
 
@@ -84,8 +84,8 @@ def timeline(workdir: str) -> None:
         setattr(place, what, line.part(name, getattr(place, what)))
     from research.train import audit, build, writer
 
-    begin = build.compiling
-    setattr(build, 'compiling', lambda *parts: line.part('waiting for the step', begin(*parts)))  # noqa: B010
+    begin = line.part('the step (traced)', build.compiling)
+    setattr(build, 'compiling', lambda *parts: line.part('the step (waiting for it)', begin(*parts)))  # noqa: B010
     audit.Audit.__call__ = line.part('first step (called)', audit.Audit.__call__)
 
     def write(*_: Any) -> None:

@@ -118,8 +118,8 @@ def test_the_doctor_tells_of_this_machine(tmp_path):
 
 def test_a_mistake_does_not_wait_for_the_compiler(tmp_path):
     program = (
-        'import sys, time, launch\nfrom research.core import guardian\nfrom research.train import build\n'
-        'build.compile_parts = lambda *parts: time.sleep(300)\nguardian.leave(launch.main(sys.argv))'
+        'import sys, time, launch\nfrom research.core import guardian\nfrom research.parallel import compile as compilation\n'
+        'compilation.lower_step = lambda *parts: lambda: time.sleep(300)\nguardian.leave(launch.main(sys.argv))'
     )
     arguments = ['--config=configs/digits_cnn.py', f'--config.init_from={tmp_path}', f'--workdir={tmp_path / "run"}']
     command = [sys.executable, '-c', program, *arguments]

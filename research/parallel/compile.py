@@ -44,17 +44,27 @@ def compile_step(step: Step, mesh: Mesh, kind: str, batch: Any, state: Any) -> S
     The terms come packed. The state's buffers are donated: the caller must not use the state that it passed in. A batch of
     another shape (rows that are padded to a shorter length) is compiled for when it first comes.
     """
-    make, step = _pmap if kind == 'pmap' else jit_step, _packed(step)
-    programs = {_shapes(batch): make(step, mesh, batch, state)}
+    return lower_step(step, mesh, kind, batch, state)()
 
-    def compiled(now: Any, given: Any) -> tuple[Any, Any]:
-        shapes = _shapes(given)
-        if shapes not in programs:
-            like = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch[k].sharding) for k, x in given.items()}
-            programs[shapes] = make(step, mesh, like, state)
-        return programs[shapes](now, given)
 
-    return compiled
+def lower_step(step: Step, mesh: Mesh, kind: str, batch: Any, state: Any) -> Callable[[], Step]:
+    """The first half of `compile_step`: tracing and lowering, which is Python's work. What it returns does the rest, XLA's."""
+    lower, step = _lower_pmap if kind == 'pmap' else lower_jit, _packed(step)
+    finish = lower(step, mesh, batch, state)
+
+    def finished() -> Step:
+        programs = {_shapes(batch): finish()}
+
+        def compiled(now: Any, given: Any) -> tuple[Any, Any]:
+            shapes = _shapes(given)
+            if shapes not in programs:
+                like = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch[k].sharding) for k, x in given.items()}
+                programs[shapes] = lower(step, mesh, like, state)()
+            return programs[shapes](now, given)
+
+        return compiled
+
+    return finished
 
 
 def _packed(step: Step) -> Step:
@@ -69,22 +79,27 @@ def _shapes(batch: Any) -> tuple:
     return tuple((name, leaf.shape) for name, leaf in sorted(batch.items()))
 
 
-def jit_step(step: Step, mesh: Mesh, batch: Any, state: Any) -> jax.stages.Compiled:
-    """The step over global arrays."""
+def lower_jit(step: Step, mesh: Mesh, batch: Any, state: Any) -> Callable[[], jax.stages.Compiled]:
+    """The step over global arrays; what is returned compiles it."""
     shardings, replicated = jax.tree.map(lambda leaf: leaf.sharding, state), meshes.replicated(mesh)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
-    return jitted.lower(state, batch).compile(_options(mesh))
+    lowered = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated)).lower(state, batch)
+    return lambda: lowered.compile(_options(mesh))
 
 
-def _pmap(step: Step, mesh: Mesh, batch: Any, state: Any) -> Step:
+def _lower_pmap(step: Step, mesh: Mesh, batch: Any, state: Any) -> Callable[[], Step]:
     """The step over N devices; its batch is cut into N equal parts along the leading axis."""
     if not all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state)):
         raise UsageError('config.parallel.rules partition the state, which pmap cannot', 'use config.parallel.compile=jit')
     devices = list(mesh.devices.flat)
     mapped = jax.pmap(step, axis_name=DATA_AXIS, in_axes=(None, 0), out_axes=(None, None), devices=devices, donate_argnums=0)
     split = jax.jit(lambda batch: jax.tree.map(lambda x: x.reshape(mesh.size, -1, *x.shape[1:]), batch))  # (N, B/N, ...)
-    compiled = mapped.lower(state, jax.eval_shape(split, batch)).compile(_options(mesh))
-    return lambda state, batch: compiled(state, split(batch))
+    lowered = mapped.lower(state, jax.eval_shape(split, batch))
+
+    def finish() -> Step:
+        compiled = lowered.compile(_options(mesh))
+        return lambda state, batch: compiled(state, split(batch))
+
+    return finish
 
 
 def _options(mesh: Mesh) -> dict[str, Any] | None:

@@ -205,16 +205,17 @@ def compiled_when_asked(parts: Parts, experiment: Experiment, mesh: Mesh) -> Cal
 
 
 def compiling(parts: Parts, experiment: Experiment, mesh: Mesh) -> Callable[[], Step]:
-    """`compile_parts` in a thread that begins now, for there is more to do before the first step; the result waits for it.
+    """`compile_parts`, traced here and compiled in a thread that begins now, for there is more to do before the first step.
 
-    Settings of jax that hold for one thread only do not hold there. A process that ends before the thread does must neither
-    wait for it nor let Python take down what it uses: `guardian.leave`.
+    The result waits for the thread. Settings of jax that hold for one thread only do not hold there. A process that ends before
+    the thread does must neither wait for it nor let Python take down what it uses: `guardian.leave`.
     """
+    finish = compilation.lower_step(parts.step, mesh, experiment.parallel.compile, parts.batch, parts.abstract)
     found: futures.Future[Step] = futures.Future()
 
     def work() -> None:
         try:
-            found.set_result(compile_parts(parts, experiment, mesh))
+            found.set_result(finish())
         except BaseException as error:  # noqa: BLE001 - it is raised where the result is asked for
             found.set_exception(error)
 

@@ -167,23 +167,26 @@ def _install_flips(steps: set[int]) -> None:
         return
     from research.parallel import compile as compilation
 
-    make = compilation.compile_step
+    lower = compilation.lower_step
 
     def faulty(*arguments: Any) -> Any:
-        step = make(*arguments)
+        finish = lower(*arguments)
+        return lambda: _flipping(finish(), steps)
 
-        def faulty_step(state: Any, batch: Any) -> Any:
-            number = int(state.step)
-            new, terms = step(state, batch)
-            if number not in steps:
-                return new, terms
-            steps.discard(number)
-            leaves, structure = jax.tree.flatten(new.params)
-            return new.replace(params=jax.tree.unflatten(structure, [_flipped(leaves[0]), *leaves[1:]])), terms
+    compilation.lower_step = faulty
 
-        return faulty_step
 
-    compilation.compile_step = faulty
+def _flipping(step: Any, steps: set[int]) -> Any:
+    def faulty(state: Any, batch: Any) -> Any:
+        number = int(state.step)
+        new, terms = step(state, batch)
+        if number not in steps:
+            return new, terms
+        steps.discard(number)
+        leaves, structure = jax.tree.flatten(new.params)
+        return new.replace(params=jax.tree.unflatten(structure, [_flipped(leaves[0]), *leaves[1:]])), terms
+
+    return faulty
 
 
 def _flipped(leaf: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ FEW = ('train.duration=8 steps', 'checkpoint.every=8 steps', 'evaluate.every=0 s
 
 def test_a_wrong_bit_is_reported_with_its_device_and_outvoted(run, monkeypatch):
     _, records, clean = run(*FEW, folder='clean')
-    monkeypatch.setattr(compilation, 'compile_step', compilation.compile_step)  # put back at the end
+    monkeypatch.setattr(compilation, 'lower_step', compilation.lower_step)  # put back at the end
     faults._install_flips({4})  # the state that step 4 starts from: the fifth call
     summary, again, path = run(*FEW, 'train.audit_every=5 steps', folder='audited')
     assert summary['audit'] == {'steps': 1, 'differences': 1}
