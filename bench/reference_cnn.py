@@ -4,19 +4,20 @@
     python -m bench.data fetch fashion_mnist
     python -m bench.reference_cnn --output=reference_cnn.json
 
-Whole training loops as users run them, on the same tensors: Fashion-MNIST padded to 32 x 32 and repeated over three channels,
-since CIFAR-10 is in no package. Fulcrum: `train` with all its hooks at the config's defaults (`bench/paced.py`). Keras: the
-tutorial's `model.fit`. PyTorch: a plain loop, channels-last, fused Adam. Persistent processes, begun anew after a third of the
-rounds, take blocks of steps in shuffled order; `again` is a second process of Fulcrum. Both read their program from the
-compilation cache, as every run does but the first; `first run` compiles it. Pinned to one core each has one thread; on all
-cores each has its defaults, and only a quiet machine tells anything there. With `--tuned` the peers have what
-`parallel/memory.py` gives Fulcrum: memory that is kept, in huge pages. No program shows its progress: Keras has `verbose=0`,
-and the output of the others is no terminal.
+Whole training loops as users run them, on the same tensors: Fashion-MNIST padded to 32 x 32 and repeated over three
+channels, since CIFAR-10 is in no package. Fulcrum: `train` with all its hooks at the config's defaults (`bench/paced.py`).
+Keras: the tutorial's `model.fit`. PyTorch: a plain loop, channels-last, fused Adam. Persistent processes, begun anew after a
+third of the rounds, take blocks of steps in shuffled order; `again` is a second process of Fulcrum. Both read their program
+from the compilation cache, as every run does but the first; `first run` compiles it. Pinned to one core each has one thread;
+on all cores each has its defaults, and only a quiet machine tells anything there. `pmap` is Fulcrum with a device for each
+core. With `--tuned` the peers have what `parallel/memory.py` gives Fulcrum: memory that is kept, in huge pages. No program
+shows its progress: Keras has `verbose=0`, and the output of the others is no terminal.
 
 Seconds to 85 % on the 10,000 test images are those of training alone: every 100 steps the clock stands while it is evaluated.
 """
 
 import argparse
+import os
 import pathlib
 import statistics
 import sys
@@ -37,19 +38,20 @@ STARTS = 3  # times that all processes begin anew: a process may be faster than 
 UNTIL = {'do': 'accuracy', 'batch': 32, 'every': 100, 'target': 0.85, 'most': 4000}
 
 
-def experiment(path: str, batch: int, seed: int = 0) -> Experiment:
-    """`cifar10_cnn` on the arrays of a file."""
+def experiment(path: str, kind: str, batch: int, seed: int = 0) -> Experiment:
+    """`cifar10_cnn` on the arrays of a file, compiled by `kind`."""
     plain = config_file.load('configs/cifar10_cnn.py')
-    for key, value in {'data.source': f'npz(path={path!r})', 'data.batch_size': str(batch), 'seed': str(seed)}.items():
+    changes = {'data.source': f'npz(path={path!r})', 'data.batch_size': str(batch), 'seed': str(seed), 'parallel.compile': kind}
+    for key, value in changes.items():
         config_file.override(plain, key, value)
     return schema.resolve(plain)
 
 
-def work(path: str) -> None:
+def work(path: str, kind: str) -> None:
     """The process of Fulcrum's arms."""
     from bench.paced import serve_run
 
-    serve_run(lambda request: experiment(path, request['batch'], request.get('seed', 0)))
+    serve_run(lambda request: experiment(path, kind, request['batch'], request.get('seed', 0)))
 
 
 def write_images(path: pathlib.Path) -> None:
@@ -69,19 +71,23 @@ class Arms:
 
     def __init__(self, peer: str, path: str, core: int | None, tuned: bool):
         ours = [sys.executable, '-m', 'bench.reference_cnn', '--worker', path]
+        by_device = {'XLA_FLAGS': f'--xla_force_host_platform_device_count={os.cpu_count()}'}
         peers = {
             name: [peer, str(ROOT / f'bench/peers/cnn_{file}.py'), path]
             for name, file in (('keras', 'keras'), ('pytorch', 'torch'))
         }
         environment = {} if core is None else PINNED
         of_peers = {**environment, **(TUNED if tuned else {})}
-        with Worker(ours, core, environment) as first:
-            for batch in BLOCKS:
-                first.ask({'do': 'steps', 'batch': batch, 'count': 1})  # into the compilation cache
+        same = {'fulcrum': (ours, environment)}
+        if core is None:
+            same['pmap'] = [*ours, '--compile=pmap'], {**environment, **by_device}
+        for command, variables in same.values():
+            with Worker(command, core, variables) as first:
+                for batch in BLOCKS:
+                    first.ask({'do': 'steps', 'batch': batch, 'count': 1})  # into the compilation cache
         self._folder = tempfile.TemporaryDirectory()
-        empty = {'FULCRUM_CACHE': self._folder.name}
-        self.workers = {n: Worker(ours, core, environment) for n in ('fulcrum', 'again')}
-        self.workers['first run'] = Worker(ours, core, {**environment, **empty})
+        others = {'again': (ours, environment), 'first run': (ours, {**environment, 'FULCRUM_CACHE': self._folder.name})}
+        self.workers = {n: Worker(command, core, variables) for n, (command, variables) in {**same, **others}.items()}
         self.workers |= {n: Worker(command, core, of_peers) for n, command in peers.items()}
 
     def __enter__(self) -> dict[str, Worker]:
@@ -107,7 +113,8 @@ def tell(report: Report, found: Rounds, mode: str, batch: int) -> None:
         report.say(f'{mode}, batch {batch}: {name:8} {batch * BLOCKS[batch] / median:8,.0f} examples/s')
     for peer, target in TARGETS[mode].items():
         same = compared(found, 'again', 'fulcrum')
-        report.ratio(f'{mode}, batch {batch}, examples/s, fulcrum / {peer}', compared(found, peer, 'fulcrum'), same, target)
+        for name in [name for name in ('fulcrum', 'pmap') if name in found[0]]:
+            report.ratio(f'{mode}, batch {batch}, examples/s, {name} / {peer}', compared(found, peer, name), same, target)
     report.say(f'{mode}, batch {batch}, examples/s, first run / fulcrum: {compared(found, "fulcrum", "first run")}')
 
 
@@ -132,6 +139,7 @@ def main(argv: list[str]) -> None:
     """Runs the comparison and prints its lines; --worker is how it starts its own processes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--worker', help=argparse.SUPPRESS)
+    parser.add_argument('--compile', choices=('jit', 'pmap'), default='jit', help=argparse.SUPPRESS)
     parser.add_argument('--peer', default=str(ROOT / '.venv-bench/bin/python'), help='a Python that has TensorFlow and PyTorch')
     parser.add_argument('--tuned', action='store_true', help="give the peers Fulcrum's settings of the allocator too")
     parser.add_argument('--rounds', type=int, default=24)
@@ -142,7 +150,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument('--output', type=pathlib.Path)
     options = parser.parse_args(argv)
     if options.worker:
-        return work(options.worker)
+        return work(options.worker, options.compile)
     with tempfile.TemporaryDirectory() as folder:
         path = f'{folder}/images.npz'
         write_images(pathlib.Path(path))
