@@ -7,7 +7,10 @@
     python launch.py --config=configs/fashion_mnist_cnn.py:recipe=accurate,epochs=12
 
 Test accuracy 91.37 % with standard deviation 0.19 (n = 5 seeds); recipe=reference 90.22 %, standard deviation 0.35 (n = 5):
-`python -m bench.accuracy --config=configs/fashion_mnist_cnn.py --seeds=5`; conditions in BENCHMARKS.md.
+`python -m bench.accuracy --config=configs/fashion_mnist_cnn.py --seeds=5`; conditions in BENCHMARKS.md. `recipe=fast,epochs=3`
+is at 91 % of the test split after 30 seconds on one core, `recipe=reference` after 98 (n = 5 each: `python -m
+bench.time_to_accuracy --targets 0.91`). `recipe=accurate,epochs=12`: 93.43 % of the validation split without the flip in
+evaluation (n = 1).
 """
 
 from research.core.schema import default_config
