@@ -78,16 +78,16 @@ class Arms:
         }
         environment = {} if core is None else PINNED
         of_peers = {**environment, **(TUNED if tuned else {})}
-        same = {'fulcrum': (ours, environment)}
+        cached = {'fulcrum': (ours, environment)}
         if core is None:
-            same['pmap'] = [*ours, '--compile=pmap'], {**environment, **by_device}
-        for command, variables in same.values():
+            cached['pmap'] = [*ours, '--compile=pmap'], {**environment, **by_device}
+        for command, variables in cached.values():
             with Worker(command, core, variables) as first:
                 for batch in BLOCKS:
                     first.ask({'do': 'steps', 'batch': batch, 'count': 1})  # into the compilation cache
         self._folder = tempfile.TemporaryDirectory()
         others = {'again': (ours, environment), 'first run': (ours, {**environment, 'FULCRUM_CACHE': self._folder.name})}
-        self.workers = {n: Worker(command, core, variables) for n, (command, variables) in {**same, **others}.items()}
+        self.workers = {n: Worker(command, core, variables) for n, (command, variables) in {**cached, **others}.items()}
         self.workers |= {n: Worker(command, core, of_peers) for n, command in peers.items()}
 
     def __enter__(self) -> dict[str, Worker]:
