@@ -8,7 +8,7 @@ Both are runs of config `fashion_mnist_cnn` with all hooks (`bench/paced.py`): `
 examples the clock stands while the 10,000 test images are evaluated; the first time that the target is reached ends a run.
 One that never reaches it counts with all its seconds, which makes the ratio a lower bound if it is the plain one's, and its
 line says so. The recipe was chosen on the validation split. Seeds are 0 ... n - 1; the arms of a seed run one after the
-other, in an order drawn anew.
+other, in an order drawn anew. The target, and so a second process of the fast recipe (A/A), is for 91 % alone.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from research.core import config_file, schema
 from research.core.schema import Experiment
 
 TARGET = 4.0  # times faster, to the first accuracy
-RECIPES = {0.91: ('fast', 3), 0.93: ('accurate', 12)}  # and their epochs, by accuracy
+RECIPES = {0.91: ('fast', 1.4), 0.93: ('accurate', 12)}  # and their epochs, by accuracy
 PLAIN_EPOCHS = 15
 EVERY = 12_800  # training examples between two evaluations
 
@@ -86,15 +86,17 @@ def main(argv: list[str]) -> None:
     workers = {name: Worker(command, options.core, PINNED) for name in ('plain', 'fast', 'again')}
     report, rounds = Report(), {}
     for target in options.targets:
-        rounds[f'{target:.0%}'] = found = measure(report, workers, target, options.seeds)
-        same = compared(found, 'again', 'fast')
-        missed = sum(not r[name]['reached'] for r in found for name in ('fast', 'again'))
+        has_target = target == min(RECIPES)
+        arms = {name: worker for name, worker in workers.items() if has_target or name != 'again'}
+        rounds[f'{target:.0%}'] = found = measure(report, arms, target, options.seeds)
+        missed = sum(not r[name]['reached'] for r in found for name in arms if name != 'plain')
+        ratio, what = compared(found, 'plain', 'fast'), f'seconds to {target:.0%}, plain / fast'
         if missed:
-            report.say(f'seconds to {target:.0%}: the fast recipe missed it {missed} times; target >= {TARGET:g}: not met')
-        elif target == min(RECIPES):
-            report.ratio(f'seconds to {target:.0%}, plain / fast', compared(found, 'plain', 'fast'), same, TARGET)
+            report.say(f'{what}: {ratio}, but the fast recipe missed it {missed} times; target >= {TARGET:g}: not met')
+        elif has_target:
+            report.ratio(what, ratio, compared(found, 'again', 'fast'), TARGET)
         else:
-            report.say(f'seconds to {target:.0%}, plain / fast: {compared(found, "plain", "fast")}')
+            report.say(f'{what}: {ratio}')
     for worker in workers.values():
         worker.__exit__()
     return report.end(options.output, {'rounds': rounds})

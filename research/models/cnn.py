@@ -26,16 +26,18 @@ PARTITION_RULES = (
 
 
 class CNN(nn.Module):
-    """Convolutions with normalisation, activation and max pooling, then dense layers with dropout.
+    """Convolutions with max pooling, normalisation and activation, in this order, then dense layers with dropout.
+
+    Pooled first there is less to normalise and to activate; of activations that never fall the result is the same.
 
     Attributes:
       num_outputs: K, size of the last layer.
       features: channels of each convolution.
       kernel: side of every convolution kernel, in pixels.
       pool: side of the max pooling after each convolution; 1: none.
-      padding: 'VALID' or 'SAME'.
+      padding: 'VALID' or 'SAME', of all convolutions or one for each.
       hidden: widths of the dense layers before the last.
-      norm: 'none', 'batch' or 'group', after each convolution.
+      norm: 'none', or by 'batch', 'group' or 'rms', after each pooling (`layers.norm`).
       activation: 'relu', 'gelu', 'silu' or 'tanh'.
       dropout: rate of dropout before every dense layer.
     """
@@ -44,7 +46,7 @@ class CNN(nn.Module):
     features: tuple[int, ...] = (32, 64, 64)
     kernel: int = 3
     pool: tuple[int, ...] = (2, 2, 1)
-    padding: str = 'VALID'
+    padding: str | tuple[str, ...] = 'VALID'
     hidden: tuple[int, ...] = (64,)
     norm: str = 'none'
     activation: str = 'relu'
@@ -60,17 +62,22 @@ class CNN(nn.Module):
         if inputs.ndim != 4:
             raise UsageError(f"model 'cnn' reads images (B, H, W, C), not {inputs.shape}", 'use model=mlp for tables')
         act, x = layers.activation(self.activation), inputs
-        for features, pool in zip(self.features, self.pool, strict=True):
-            if self.padding == 'VALID' and min(x.shape[1:3]) < self.kernel:
-                raise UsageError(
-                    f'an image of {x.shape[1]} x {x.shape[2]} is too small for a convolution', "set model.padding='SAME'"
-                )
-            if self.padding == 'VALID' and self.norm == 'none':
+        paddings = (self.padding,) * len(self.features) if isinstance(self.padding, str) else self.padding
+        if len(self.features) != len(paddings):
+            raise UsageError(
+                f'model.features={self.features} and model.padding={paddings} differ in length',
+                'give one padding a layer, or one',
+            )
+        for features, pool, padding in zip(self.features, self.pool, paddings, strict=True):
+            if padding == 'VALID':
+                if min(x.shape[1:3]) < self.kernel:
+                    raise UsageError(
+                        f'an image of {x.shape[1]} x {x.shape[2]} is too small for a convolution', "set model.padding='SAME'"
+                    )
                 x = layers.cropped(x, self.kernel, pool)
-            x = layers.conv(features, (self.kernel, self.kernel), padding=self.padding, use_bias=self.norm == 'none')(x)
-            x = layers.norm(self.norm, x, train)
-            # Of a function that grows, the largest value is that of the largest input: fewer to compute.
-            x = act(layers.max_pool(x, pool)) if self.activation in layers.GROWING else layers.max_pool(act(x), pool)
+            has_own_bias = self.norm in ('batch', 'group')
+            x = layers.conv(features, (self.kernel, self.kernel), padding=padding, use_bias=not has_own_bias)(x)
+            x = act(layers.norm(self.norm, layers.max_pool(x, pool), train))
         x = x.reshape(x.shape[0], -1)  # (B, H*W*C)
         for width in self.hidden:
             x = act(nn.Dense(width)(layers.dropout(self.dropout, x, train)))

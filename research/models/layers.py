@@ -22,7 +22,6 @@ ACTIVATIONS = {
     'silu': nn.silu,
     'tanh': nn.tanh,
 }
-GROWING = ('relu', 'relu2', 'tanh')  # activations that never fall
 
 
 def activation(name: str):
@@ -100,6 +99,8 @@ def _places(x: jax.Array) -> list[jax.Array]:
 def norm(kind: str, x: jax.Array, train: bool, *, name: str | None = None, scale: float = 1.0) -> jax.Array:
     """Normalises x (B, ..., C) by 'batch' (Ioffe and Szegedy, 2015), 'group' (Wu and He, 2018; up to 32 groups) or 'none'.
 
+    By 'rms' an example is divided by the root mean square of all its numbers (Zhang and Sennrich, 2019, of the whole image as
+    Ba et al., 2016, have it): nothing is subtracted, and the learned scale stands alone.
     Call it inside a module's compact method: the normalisation becomes a child of that module, called `name` if given, whose
     learned scale starts at `scale`.
     """
@@ -108,8 +109,30 @@ def norm(kind: str, x: jax.Array, train: bool, *, name: str | None = None, scale
         return nn.BatchNorm(use_running_average=not train, momentum=0.9, scale_init=scale_init, name=name)(x)
     if kind == 'group':
         return nn.GroupNorm(num_groups=_groups(x.shape[-1]), scale_init=scale_init, name=name)(x)
-    check_choice('norm', kind, ('none', 'batch', 'group'))
+    if kind == 'rms':
+        return ExampleRMSNorm(scale_init, name=name)(x)
+    check_choice('norm', kind, ('none', 'batch', 'group', 'rms'))
     return x
+
+
+class ExampleRMSNorm(nn.Module):
+    """Divides an example of x (B, ..., C) by the root mean square of its numbers and multiplies by `scale` (C,).
+
+    As `nn.RMSNorm(reduction_axes=(1, ..., -1), feature_axes=-1)`, but worked out with the places first, as convolution.py has
+    images: XLA's CPU compiler would turn them round in the midst of its loops.
+    """
+
+    scale_init: nn.initializers.Initializer = nn.initializers.ones
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param('scale', self.scale_init, x.shape[-1:])
+        wide = jnp.moveaxis(x, 0, -2).astype(jnp.promote_types(x.dtype, jnp.float32))  # (..., B, C)
+        others = (*range(x.ndim - 2), -1)
+        inverse = jax.lax.rsqrt(jnp.square(wide).mean(others, keepdims=True) + self.epsilon)  # (1, ..., 1, B, 1)
+        found = lowering.materialised(wide * inverse * scale)
+        return jnp.moveaxis(found, -2, 0).astype(jnp.promote_types(x.dtype, scale.dtype))
 
 
 class LayerNorm(nn.Module):

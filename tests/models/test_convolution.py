@@ -154,7 +154,7 @@ def test_what_pooling_cuts_is_not_computed(size, kernel, pool):
     np.testing.assert_allclose(layers.max_pool(cropped, pool), whole, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize('name', layers.GROWING)
+@pytest.mark.parametrize('name', ['relu', 'relu2', 'tanh'])
 def test_pooling_before_a_growing_activation_is_pooling_after_it(name):
     (x,) = arrays((4, 8, 8, 16))
     act = layers.activation(name)

@@ -61,7 +61,42 @@ def test_the_cnn_against_a_numpy_convolution():
     np.testing.assert_allclose(module.apply(variables, x), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize('norm', ['none', 'batch', 'group'])
+def test_a_padding_for_each_convolution():
+    x = jax.random.normal(jax.random.key(0), (2, 6, 6, 1))
+    mixed = CNN(3, features=(2, 2), pool=(1, 1), padding=('SAME', 'VALID'), hidden=())
+    variables = mixed.init(jax.random.key(0), x)
+    valid = CNN(3, features=(2, 2), pool=(1, 1), hidden=())
+    bordered = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    np.testing.assert_allclose(mixed.apply(variables, x), valid.apply(variables, bordered), rtol=1e-5, atol=1e-6)
+
+
+def test_rms_of_an_example_is_that_of_flax():
+    x = 3 * jax.random.normal(jax.random.key(0), (4, 6, 5, 8)) + 1
+    scale = {'params': {'scale': jax.random.normal(jax.random.key(1), (8,))}}
+    ours, theirs = layers.ExampleRMSNorm(), nn.RMSNorm(reduction_axes=(1, 2, 3), feature_axes=-1)
+    assert jax.tree.map(jnp.shape, ours.init(jax.random.key(0), x)) == jax.tree.map(
+        jnp.shape, theirs.init(jax.random.key(0), x)
+    )
+    weights = jax.random.normal(jax.random.key(2), x.shape)
+    found, expected = (
+        jax.value_and_grad(lambda v, x, m=module: (m.apply(v, x) * weights).sum(), (0, 1))(scale, x)
+        for module in (ours, theirs)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), found, expected)
+
+
+def test_the_cnn_pools_normalises_and_activates():
+    x = jax.random.normal(jax.random.key(0), (4, 6, 6, 1))
+    module = CNN(3, features=(4,), pool=(2,), norm='rms', activation='gelu', hidden=())
+    variables = module.init(jax.random.key(0), x)
+    p = variables['params']
+    y = layers.max_pool(nn.Conv(4, (3, 3), padding='VALID').apply({'params': p['Conv_0']}, x), 2)
+    y = nn.gelu(y / jnp.sqrt(jnp.square(y).mean((1, 2, 3), keepdims=True) + 1e-6))
+    expected = y.reshape(4, -1) @ p['Dense_0']['kernel'] + p['Dense_0']['bias']
+    np.testing.assert_allclose(module.apply(variables, x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('norm', ['none', 'batch', 'group', 'rms'])
 def test_norms_and_dropout(norm):
     module = CNN(3, features=(4,), pool=(1,), norm=norm, dropout=0.5)
     x = jax.random.normal(jax.random.key(0), (4, 6, 6, 1))
@@ -79,7 +114,8 @@ def test_norms_and_dropout(norm):
     [
         (CNN(3, activation='rleu'), (1, 32, 32, 3), "activation 'rleu' does not exist"),
         (CNN(3, norm='layer'), (1, 32, 32, 3), "norm 'layer' does not exist"),
-        (CNN(3, pool=(2,)), (1, 32, 32, 3), 'differ in length'),
+        (CNN(3, pool=(2,)), (1, 32, 32, 3), 'model.pool=.* differ in length'),
+        (CNN(3, padding=('SAME', 'VALID')), (1, 32, 32, 3), 'model.padding=.* differ in length'),
         (CNN(3), (1, 8, 8, 3), "cannot be pooled by 2\n.*set model.padding='SAME'"),
         (CNN(3, pool=(1, 1, 1)), (1, 6, 6, 3), "too small for a convolution\n.*set model.padding='SAME'"),
         (CNN(3, pool=(2, 2, 9), padding='SAME'), (1, 8, 8, 3), 'cannot be pooled by 9'),
