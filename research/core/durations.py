@@ -35,7 +35,7 @@ class Duration:
     unit: str
 
     def __str__(self) -> str:
-        return f'{self.amount:g}%' if self.unit == '%' else f'{self.amount:.17g} {self.unit}'
+        return f'{self.amount:g}%' if self.unit == '%' else f'{repr(self.amount).removesuffix(".0")} {self.unit}'
 
     def to_steps(self, facts: Facts) -> int:
         """The duration in steps: examples, tokens and epochs rounded up (all are seen), FLOPs rounded down (never overspent).

@@ -56,6 +56,11 @@ def test_str_parses_back(text):
     assert isinstance(parse(text), Duration)
 
 
+@pytest.mark.parametrize('text', ['1.4 epochs', '2000 steps', '5%', '1000000000 tokens'])
+def test_str_is_as_written(text):
+    assert str(parse(text)) == text
+
+
 def test_flops_that_do_not_pay_for_a_step_are_refused():
     with pytest.raises(UsageError, match='less than one step of 2e\\+09 FLOPs'):
         parse('1e9 flops').to_steps(FACTS)

@@ -44,6 +44,7 @@ WIDE = "model=cnn(features=(1024,), pool=(2,), padding='SAME')"  # (8, 8, 1024):
 
 def test_a_microbatch_fits_in_the_cache():
     assert parts_of(WIDE)[0].microbatches == 16, '64 examples: 16 of 4 are 1 MB each'
+    assert parts_of(WIDE, 'model.norm=rms')[0].microbatches == 16, 'its statistics are of an example'
     assert parts_of(WIDE, 'parallel.compile=pmap', devices=8)[0].microbatches == 2, 'eight examples on each of eight devices'
     assert parts_of(WIDE, devices=8)[0].microbatches == 1, 'XLA cannot divide the products of a batch'
     assert parts_of()[0].microbatches == 1, 'all of it is small'
