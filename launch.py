@@ -11,6 +11,7 @@ import importlib
 import pathlib
 import sys
 import traceback
+from typing import NoReturn
 
 try:
     from absl import flags
@@ -113,7 +114,16 @@ def main(argv: list[str]) -> int:
     return ExitCode.DONE
 
 
-if __name__ == '__main__':
+def command() -> NoReturn:
+    """The process. A failure that nobody expected is told in full; it too may leave behind a thread that compiles."""
     sys.stdout.reconfigure(errors='replace')  # type: ignore[union-attr] - a terminal without UTF-8 must not end a run
-    code = main(sys.argv)
+    try:
+        code = main(sys.argv)
+    except Exception:  # noqa: BLE001 - whatever a user's component raises
+        traceback.print_exc()
+        code = 1
     guardian.leave(code)
+
+
+if __name__ == '__main__':
+    command()

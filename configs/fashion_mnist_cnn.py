@@ -20,8 +20,8 @@ def get_config(recipe: str = 'better', epochs: float = 5.0):
     Args:
       recipe: 'reference' (Adam at 0.001, batch 32), 'better' (one-cycle Adam up to 0.003, batch 64, averaged parameters),
         'fast' (one-cycle Muon up to 0.008, batch 128, averaged parameters, label smoothing; the first convolution keeps the
-        border, fewer channels there, normalisation, silu), for one epoch and a half, or 'accurate' (as 'fast', up to 0.01, with
-        flips, crops, batch normalisation, dropout, a wider network and a flip in evaluation), for twelve.
+        border, fewer channels there, normalisation, silu), for 1.4 epochs, or 'accurate' (one-cycle Muon up to 0.01, batch 128,
+        averaged parameters, flips, crops, batch normalisation, dropout, a wider network and a flip in evaluation), for twelve.
       epochs: passes over the training split.
     """
     config = default_config()

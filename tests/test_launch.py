@@ -116,6 +116,20 @@ def test_the_doctor_tells_of_this_machine(tmp_path):
         assert word in done.stdout.lower()
 
 
+def test_an_unexpected_failure_beside_the_compiler_is_no_lost_peer(tmp_path):
+    program = (
+        'import launch\nfrom research.train import flops\n'
+        'def table(*parts):\n    raise RuntimeError("a mistake of a component")\n'
+        'flops.table = table\nlaunch.command()'
+    )
+    arguments = ['--config=configs/digits_cnn.py', '--config.model.features=(64, 64, 64)', f'--workdir={tmp_path / "run"}']
+    command = [sys.executable, '-c', program, *arguments]
+    environment = {**os.environ, 'JAX_ENABLE_COMPILATION_CACHE': 'false'}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    assert done.returncode == 1, done.stderr  # 134, which asks for another try, if Python had taken down what the thread uses
+    assert 'RuntimeError: a mistake of a component' in done.stderr
+
+
 def test_a_mistake_does_not_wait_for_the_compiler(tmp_path):
     program = (
         'import sys, time, launch\nfrom research.core import guardian\nfrom research.parallel import compile as compilation\n'

@@ -4,9 +4,9 @@
 
     {"do": "steps", "batch": 32, "count": 40}    {"do": "accuracy", "batch": 32, "seed": 0, "every": 100, ...}
 
-`model.compile(adam, sparse cross-entropy from logits, accuracy)` and `model.fit` on float arrays in memory with its progress
-bar, as the tutorial has it. A callback answers after every `count` batches and waits for the next request within the epoch.
-Imports neither jax nor Fulcrum.
+`model.compile(adam, sparse cross-entropy from logits, accuracy)` and `model.fit` as the tutorial has them, but without the
+progress bar, on float arrays in memory. A callback answers after every `count` batches and waits for the next request within
+the epoch. Imports neither jax nor Fulcrum.
 """
 
 import contextlib

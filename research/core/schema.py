@@ -140,7 +140,6 @@ class Train:
         'microbatches whose gradients are added up to one step; None: 1, or what keeps a convolutional network, whose results '
         "it does not change, in a CPU's cache",
         low=1,
-        resumable=True,
     )
     precision: str = value('float32', 'dtype of the computation; parameters stay float32', choices=('float32', 'bfloat16'))
     ema: float = value(0.0, 'decay of the parameter average that is evaluated; 0: none', low=0.0, high=1.0)

@@ -28,7 +28,8 @@ PARTITION_RULES = (
 class CNN(nn.Module):
     """Convolutions with max pooling, normalisation and activation, in this order, then dense layers with dropout.
 
-    Pooled first there is less to normalise and to activate; of activations that never fall the result is the same.
+    Pooled first there is less to normalise and to activate. Without normalisation an activation that never falls gives the same
+    as before the pooling.
 
     Attributes:
       num_outputs: K, size of the last layer.
@@ -69,6 +70,7 @@ class CNN(nn.Module):
                 'give one padding a layer, or one',
             )
         for features, pool, padding in zip(self.features, self.pool, paddings, strict=True):
+            layers.check_choice('padding', padding, ('VALID', 'SAME'))
             if padding == 'VALID':
                 if min(x.shape[1:3]) < self.kernel:
                     raise UsageError(

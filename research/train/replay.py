@@ -27,7 +27,7 @@ from research.train import build, rollback, start
 from research.train.checkpoint import NUMBERS_FIX, Checkpoints
 from research.train.open_run import recorded
 from research.train.state import TrainState
-from research.train.step import Step
+from research.train.step import Step, divided
 
 HUGE = 1e6  # a parameter beyond it was made by the steps before
 
@@ -62,9 +62,14 @@ def report(workdir: pathlib.Path, overrides: list[str], trust: bool) -> None:
     compiled = build.compile_parts(parts, experiment, mesh)
     for step in range(int(state.step), first):
         state, _ = compiled(state, feed(step))
-    bare = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, skip_nonfinite=False))
+    bare = dataclasses.replace(
+        experiment,
+        train=dataclasses.replace(experiment.train, skip_nonfinite=False),
+        parallel=dataclasses.replace(experiment.parallel, compile='jit'),
+    )
     optimizer = build.make_optimizer(experiment.optimizer, rate, parts.abstract.params)
-    _take(jax.jit(build.make_step(bare, task, optimizer, parts.microbatches)), compiled, state, feed, bundle['batches'])
+    unguarded = divided(build.make_step(bare, task, optimizer, parts.microbatches), mesh.size)
+    _take(jax.jit(unguarded), compiled, state, feed, bundle['batches'])
 
 
 def _take(unguarded: Step, guarded: Step, state: TrainState, feed: Feed, batches: list[Any]) -> None:

@@ -115,6 +115,7 @@ def test_norms_and_dropout(norm):
         (CNN(3, activation='rleu'), (1, 32, 32, 3), "activation 'rleu' does not exist"),
         (CNN(3, norm='layer'), (1, 32, 32, 3), "norm 'layer' does not exist"),
         (CNN(3, pool=(2,)), (1, 32, 32, 3), 'model.pool=.* differ in length'),
+        (CNN(3, padding=('SAME', 'VALID', 'SMAE')), (1, 32, 32, 3), "padding 'SMAE' does not exist"),
         (CNN(3, padding=('SAME', 'VALID')), (1, 32, 32, 3), 'model.padding=.* differ in length'),
         (CNN(3), (1, 8, 8, 3), "cannot be pooled by 2\n.*set model.padding='SAME'"),
         (CNN(3, pool=(1, 1, 1)), (1, 6, 6, 3), "too small for a convolution\n.*set model.padding='SAME'"),
