@@ -75,10 +75,11 @@ def test_a_run_that_went_back_resumes_bit_for_bit(run, batches_go_wrong, dies_at
     assert by_split(records, 'train') == by_split(records_again, 'train')
 
 
-def test_numbers_that_stay_bad_end_with_a_bundle_that_can_be_replayed(run, batches_go_wrong, monkeypatch, capsys):
+@pytest.mark.parametrize('kind', ['jit', 'pmap'])
+def test_numbers_that_stay_bad_end_with_a_bundle_that_can_be_replayed(run, batches_go_wrong, monkeypatch, capsys, kind):
     batches_go_wrong(('nan', 5, 10**6))
     with pytest.raises(NumericalError, match='the last 3 steps are not finite at step 7 after 2 rollbacks') as error:
-        run('train.max_skips=3', 'train.max_rollbacks=2', 'optimizer=adamw', f'name={FORM}')
+        run('train.max_skips=3', 'train.max_rollbacks=2', 'optimizer=adamw', f'name={FORM}', f'parallel.compile={kind}')
     assert error.value.exit_code == 76
     assert FORM not in (run.path / 'failure' / 'bundle.json').read_text()  # people attach it to reports
     bundle = json.loads((run.path / 'failure' / 'bundle.json').read_text())
