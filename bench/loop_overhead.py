@@ -41,7 +41,7 @@ class Bare:
         from research.parallel import mesh as meshes
         from research.train import build
 
-        full = experiment(path, batch)
+        full = experiment(path, 'jit', batch)
         settings = dataclasses.replace(full, train=dataclasses.replace(full.train, skip_nonfinite=guarded))
         mesh = meshes.make_mesh()
         splits, spec = build_splits(settings.data)
@@ -72,7 +72,7 @@ def work(kind: str, path: str) -> None:
     if kind == 'loop':
         from bench.paced import serve_run
 
-        return serve_run(lambda request: experiment(path, request['batch']))
+        return serve_run(lambda request: experiment(path, 'jit', request['batch']))
     from research.parallel import cache, memory
 
     cache.enable()
