@@ -86,7 +86,8 @@ class Trainer:
         """The text of the compiled step."""
         import jax
 
-        return jax.jit(self._parts.step, donate_argnums=0).lower(self._parts.abstract, self._parts.batch).compile().as_text()
+        lowered = jax.jit(self._parts.step, donate_argnums=0).lower(self._parts.abstract, self._parts.batch)
+        return lowered.compile().as_text() or ''
 
     def steps(self, count: int) -> None:
         """Takes `count` steps and waits for the last."""

@@ -79,7 +79,9 @@ class Stepper:
         feed = make_feed(splits['train'], plan, meshes.batch_sharding(mesh), 'host')
         self.batches, self.state, self.done = [feed(k) for k in range(4)], parts.init(), 0
         program = compilation.lower_jit(parts.step, mesh, parts.batch, parts.abstract)()
-        self.working, self.step, self.microbatches = program.memory_analysis().temp_size_in_bytes, program, parts.microbatches
+        analysis = program.memory_analysis()
+        assert analysis is not None  # XLA's CPU client has one
+        self.working, self.step, self.microbatches = analysis.temp_size_in_bytes, program, parts.microbatches
 
     def steps(self, count: int) -> None:
         """Takes steps and waits for the last."""
