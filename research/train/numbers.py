@@ -7,9 +7,8 @@ median of 8 losses is above 0.50 + 30 * 0.030 = 1.39. Medians, so that one bad b
 """
 
 import math
+import statistics
 from collections.abc import Sequence
-
-import numpy as np
 
 RECENT, BASE, LEAST = 8, 128, 32  # losses that are judged, that they are judged by, and that there must be to judge by
 FLOOR = 0.01  # of the first loss
@@ -64,12 +63,14 @@ class Losses:
 
     def _spike(self, values: list[float]) -> str | None:
         """What is wrong with the last of these losses, in words."""
-        base, recent = (np.array([x for x in part if math.isfinite(x)]) for part in (values[:-RECENT], values[-RECENT:]))
+        base, recent = ([x for x in part if math.isfinite(x)] for part in (values[:-RECENT], values[-RECENT:]))
         if len(base) < LEAST or len(recent) < RECENT:
             return None
-        middle, now = float(np.median(base)), float(np.median(recent))
-        scale = max(1.4826 * float(np.median(np.abs(base - middle))), FLOOR * abs(self.first or 0.0))
+        middle, now, least = statistics.median(base), statistics.median(recent), FLOOR * abs(self.first or 0.0)
         assert self.sigmas is not None
+        if now <= middle + self.sigmas * least:  # nearly always, and then no deviations need be looked at
+            return None
+        scale = max(1.4826 * statistics.median([abs(x - middle) for x in base]), least)
         if now <= middle + self.sigmas * scale:
             return None
         return f'the loss has jumped from {middle:.4g} to {now:.4g}, more than {self.sigmas:g} deviations of {scale:.3g}'
