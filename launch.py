@@ -11,7 +11,6 @@ import importlib
 import pathlib
 import sys
 import traceback
-from typing import NoReturn
 
 try:
     from absl import flags
@@ -114,16 +113,6 @@ def main(argv: list[str]) -> int:
     return ExitCode.DONE
 
 
-def command() -> NoReturn:
-    """The process. A failure that nobody expected is told in full; it too may leave behind a thread that compiles."""
-    sys.stdout.reconfigure(errors='replace')  # type: ignore[union-attr] - a terminal without UTF-8 must not end a run
-    try:
-        code = main(sys.argv)
-    except Exception:  # noqa: BLE001 - whatever a user's component raises
-        traceback.print_exc()
-        code = 1
-    guardian.leave(code)
-
-
 if __name__ == '__main__':
-    command()
+    sys.stdout.reconfigure(errors='replace')  # type: ignore[union-attr] - a terminal without UTF-8 must not end a run
+    guardian.run(main, sys.argv)

@@ -118,9 +118,9 @@ def test_the_doctor_tells_of_this_machine(tmp_path):
 
 def test_an_unexpected_failure_beside_the_compiler_is_no_lost_peer(tmp_path):
     program = (
-        'import launch\nfrom research.train import flops\n'
+        'import sys, launch\nfrom research.core import guardian\nfrom research.train import flops\n'
         'def table(*parts):\n    raise RuntimeError("a mistake of a component")\n'
-        'flops.table = table\nlaunch.command()'
+        'flops.table = table\nguardian.run(launch.main, sys.argv)'
     )
     arguments = ['--config=configs/digits_cnn.py', '--config.model.features=(64, 64, 64)', f'--workdir={tmp_path / "run"}']
     command = [sys.executable, '-c', program, *arguments]

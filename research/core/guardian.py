@@ -25,6 +25,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import IO, Any, NoReturn
@@ -327,6 +328,16 @@ def process_start() -> float:
     except (OSError, ValueError, AttributeError, IndexError):
         return time.monotonic()
     return time.monotonic() - max(age, 0.0)
+
+
+def run(main: Callable[[list[str]], int], argv: list[str]) -> NoReturn:
+    """Ends the process with the code of `main(argv)`; what nobody expected is told in full, and leaves in the same way."""
+    try:
+        code = main(argv)
+    except Exception:  # noqa: BLE001 - whatever a user's component raises
+        traceback.print_exc()
+        code = 1
+    leave(code)
 
 
 def leave(code: int) -> NoReturn:
