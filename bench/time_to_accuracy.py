@@ -6,9 +6,8 @@
 Both are runs of config `fashion_mnist_cnn` with all hooks (`bench/paced.py`): `recipe=reference`, the tutorial's, for up to
 `PLAIN_EPOCHS` epochs, and those of `RECIPES`, `fast` to 91 % and `accurate`, with a wider network, to 93 %. Every 12,800
 examples, and at the end, the clock stands while the 10,000 test images are evaluated; the first time that the target is reached
-ends a run.
-One that never reaches it counts with all its seconds, which makes the ratio a lower bound if it is the plain one's, and its
-line says so. The recipe was chosen on the validation split. Seeds are 0 ... n - 1; the arms of a seed run one after the
+ends a run. One that never reaches it counts with all its seconds, which makes the ratio a lower bound if it is the plain one's,
+and its line says so. The recipe was chosen on the validation split. Seeds are 0 ... n - 1; the arms of a seed run one after the
 other, in an order drawn anew. The target, and so a second process of the fast recipe (A/A), is for 91 % alone.
 """
 

@@ -43,7 +43,7 @@ def get_config(recipe: str = 'better', epochs: float = 5.0):
         config.train.ema = 0.99
         if recipe == 'fast':
             config.optimizer.learning_rate = 8e-3
-            config.optimizer.steps = 3  # of Newton-Schulz: as good as five here
+            config.optimizer.steps = 3  # of Newton-Schulz, which cost much beside so small a network
             config.optimizer.schedule = 'one_cycle(rise=0.15)'
             paddings = ('SAME', 'VALID', 'VALID')
             config.model = {'name': 'cnn', 'features': (16, 64, 64), 'padding': paddings, 'norm': 'rms', 'activation': 'silu'}

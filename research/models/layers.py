@@ -101,6 +101,7 @@ def norm(kind: str, x: jax.Array, train: bool, *, name: str | None = None, scale
 
     By 'rms' an example is divided by the root mean square of all its numbers (Zhang and Sennrich, 2019, of the whole image as
     Ba et al., 2016, have it): nothing is subtracted, and the learned scale stands alone.
+
     Call it inside a module's compact method: the normalisation becomes a child of that module, called `name` if given, whose
     learned scale starts at `scale`.
     """
