@@ -4,10 +4,10 @@
 
 `loop`: `train` at the defaults of config `cifar10_cnn` (records, progress, guard, checkpoints, watchdog; `bench/paced.py`).
 `bare`: the compiled step of the same experiment without the guard of non-finite numbers, on batches that are on the device
-already, at most two steps in flight, as in the loop. `guarded`: with the guard, the very program of the loop. The loop is held
-against the faster of the two, for XLA may make the one with less to do the slower. `again`: a second process of `guarded`.
+already, dispatched as in the loop (`train/in_flight.py`). `guarded`: with the guard, the very program of the loop. The loop is
+held against the faster of the two, for XLA may make the one with less to do the slower. `again`: a second process of `guarded`.
 All read their programs from the compilation cache, as every run does but the first, and begin anew `STARTS` times. Pinned to
-one core, where nothing runs beside the step for free.
+one core, where nothing runs beside the step for free. Where the time of the loop goes tells `bench/loop_profile.py`.
 """
 
 import argparse
@@ -24,7 +24,6 @@ from bench.reference_cnn import BLOCKS, STARTS, experiment, write_images
 from bench.report import Report
 
 ALLOWED = {32: 0.03, 256: 0.01}  # of a step, by batch
-IN_FLIGHT = 2
 ARMS = {'loop': 'loop', 'bare': 'bare', 'guarded': 'guarded', 'again': 'guarded'}
 
 
@@ -40,6 +39,7 @@ class Bare:
         from research.parallel import memory
         from research.parallel import mesh as meshes
         from research.train import build
+        from research.train.in_flight import InFlight
 
         full = experiment(path, 'jit', batch)
         settings = dataclasses.replace(full, train=dataclasses.replace(full.train, skip_nonfinite=guarded))
@@ -51,19 +51,17 @@ class Bare:
         feed = make_feed(splits['train'], plan_of(splits['train'], batch, 0), meshes.batch_sharding(mesh), 'host')
         self.batches = [jax.device_put(feed(k), meshes.batch_sharding(mesh)) for k in range(8)]
         self.state, self.step, self.done = parts.init(), build.compile_parts(parts, settings, mesh), 0
+        self.in_flight = InFlight(mesh)
         memory.close_gaps()
 
     def steps(self, count: int) -> None:
         """Takes steps and waits for the last."""
         import jax
 
-        waiting: list[Any] = []
         for _ in range(count):
             self.state, terms = self.step(self.state, self.batches[self.done % len(self.batches)])
             self.done += 1
-            waiting.append(terms)
-            if len(waiting) > IN_FLIGHT:
-                jax.block_until_ready(waiting.pop(0))
+            self.in_flight.add(terms)
         jax.block_until_ready(self.state)
 
 

@@ -4,11 +4,12 @@ So gradient accumulation, padding, device count and host count cannot change a r
 examples and mean losses 0.2 and 1.0 give (0.6 + 1.0) / (3 + 1) = 0.4, not (0.2 + 1.0) / 2 = 0.6.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Terms = dict[str, tuple[jax.Array, jax.Array]]
 
@@ -46,6 +47,14 @@ def pack(terms: Terms) -> Packed:
     """Terms, of scalars all, in one array of float32."""
     pairs = [jnp.stack([jnp.asarray(x, jnp.float32) for x in term]) for term in terms.values()]
     return Packed(tuple(terms), jnp.stack(pairs))  # (n, 2)
+
+
+def fetched(packs: Sequence[Packed]) -> np.ndarray:
+    """The numbers of k >= 1 packed terms of the same n names, (k, n, 2) float64, when all are done."""
+    arrays = [terms.array for terms in packs]
+    if all(device.platform == 'cpu' for device in arrays[0].devices()):
+        return np.stack([np.asarray(array) for array in arrays]).astype(np.float64)  # in place: a tenth of the time
+    return np.stack(jax.device_get(arrays)).astype(np.float64)
 
 
 def weighted(values: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:

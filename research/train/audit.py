@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.core import leaves
+from research.core.terms import Packed
 from research.parallel import hosts
 from research.train.fingerprint import digest
 from research.train.state import TrainState
-from research.train.step import Batch, Step, Terms
+from research.train.step import Batch, CompiledStep
 
 Shards = dict[tuple[str, str, str], tuple[int, int]]  # (leaf, place in the array, device) -> fingerprint
 
@@ -33,7 +34,7 @@ class Audit:
       differences: how many of them gave other bits.
     """
 
-    def __init__(self, step: Step, every: int, report: Callable[[int, list[str]], None]):
+    def __init__(self, step: CompiledStep, every: int, report: Callable[[int, list[str]], None]):
         self.step, self.every, self.report = step, every, report
         self.steps, self.differences, self._done = 0, 0, 0
 
@@ -41,7 +42,7 @@ class Audit:
         """The next call takes the run beyond `step` steps."""
         self._done = step
 
-    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Terms]:
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Packed]:
         self._done += 1
         if not self.every or self._done % self.every:
             return self.step(state, batch)
@@ -50,8 +51,8 @@ class Audit:
         return self._compared(int(spare.step), spare, batch, first, again)
 
     def _compared(
-        self, number: int, spare: TrainState, batch: Batch, first: tuple[TrainState, Terms], again: tuple[TrainState, Terms]
-    ) -> tuple[TrainState, Terms]:
+        self, number: int, spare: TrainState, batch: Batch, first: tuple[TrainState, Packed], again: tuple[TrainState, Packed]
+    ) -> tuple[TrainState, Packed]:
         self.steps += 1
         one, two = shards(first[0]), shards(again[0])
         if hosts.all_true(one == two and not replicas(two)):

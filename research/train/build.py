@@ -31,7 +31,7 @@ from research.tasks.base import Task
 from research.train import adapters, flops, microbatches, partial, step, teacher
 from research.train import state as states
 from research.train.state import TrainState
-from research.train.step import Step
+from research.train.step import CompiledStep, Step
 
 
 def make_task(experiment: Experiment, spec: DataSpec) -> Task:
@@ -194,24 +194,24 @@ def make_step(experiment: Experiment, task: Task, optimizer: optax.GradientTrans
     return step.guarded(result) if train.skip_nonfinite else result
 
 
-def compile_parts(parts: Parts, experiment: Experiment, mesh: Mesh) -> Step:
+def compile_parts(parts: Parts, experiment: Experiment, mesh: Mesh) -> CompiledStep:
     """Compiles the step for its shapes and devices, by jit or pmap."""
     return compilation.compile_step(parts.step, mesh, experiment.parallel.compile, parts.batch, parts.abstract)
 
 
-def compiled_when_asked(parts: Parts, experiment: Experiment, mesh: Mesh) -> Callable[[], Step]:
+def compiled_when_asked(parts: Parts, experiment: Experiment, mesh: Mesh) -> Callable[[], CompiledStep]:
     """`compile_parts`, but later: where a notebook, say, goes on after an error, and has settings of jax for its own thread."""
     return functools.partial(compile_parts, parts, experiment, mesh)
 
 
-def compiling(parts: Parts, experiment: Experiment, mesh: Mesh) -> Callable[[], Step]:
+def compiling(parts: Parts, experiment: Experiment, mesh: Mesh) -> Callable[[], CompiledStep]:
     """`compile_parts`, traced here and compiled in a thread that begins now, for there is more to do before the first step.
 
     The result waits for the thread. Settings of jax that hold for one thread only do not hold there. A process that ends before
     the thread does must neither wait for it nor let Python take down what it uses: `guardian.leave`.
     """
     finish = compilation.lower_step(parts.step, mesh, experiment.parallel.compile, parts.batch, parts.abstract)
-    found: futures.Future[Step] = futures.Future()
+    found: futures.Future[CompiledStep] = futures.Future()
 
     def work() -> None:
         try:

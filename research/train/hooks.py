@@ -15,7 +15,7 @@ import numpy as np
 
 from research.core.errors import NumericalError, StorageError, UsageError, nearest
 from research.core.schema import Experiment
-from research.core.terms import Terms
+from research.core.terms import Packed, fetched
 from research.parallel import hosts
 from research.parallel.hardware import utilisation
 from research.train.checkpoint import NUMBERS_FIX, PERMANENT, TEMPORARY, Checkpoints
@@ -29,7 +29,7 @@ RETRY_S = 5.0  # before the first new attempt of a save that failed; twice as lo
 class Hook(Protocol):
     """Something that looks at a run after each step."""
 
-    def __call__(self, step: int, state: TrainState, terms: Terms) -> None:
+    def __call__(self, step: int, state: TrainState, terms: Packed) -> None:
         """`step` steps are done; `state` and `terms` are those of the last."""
         ...
 
@@ -41,13 +41,14 @@ class LogHook:
     """
 
     def __init__(self, run: Run, earlier: dict[str, Any], step: int):
-        self.run, self._terms = run, []
+        self.run = run
+        self._terms: list[Packed] = []
         self.losses = Losses(run.experiment.train.spike_sigmas, earlier.get('losses'))
         earlier = earlier.get('log', {})  # steps since the last record, done before a restart
         self._sums = {name: np.array(sums) for name, sums in earlier.items()}
         self._steps, self._seconds, self.recorded = 0, self._paced(), step
 
-    def __call__(self, step: int, state: TrainState, terms: Terms) -> None:
+    def __call__(self, step: int, state: TrainState, terms: Packed) -> None:
         self._terms.append(terms)
         self._steps += 1
         if self.run.is_due(self.run.experiment.log.every, step) or step == self.run.total_steps:
@@ -57,12 +58,16 @@ class LogHook:
 
     def unrecorded(self) -> dict[str, list[float]]:
         """The [sum, weight] of each term since the last record: what a checkpoint must hold for the next one to be whole."""
-        fetched = jax.device_get(self._terms)
-        self.losses.add([float(t['loss'][0] / t['loss'][1]) if t['loss'][1] else math.nan for t in fetched])
-        for terms in fetched:
-            for name, term in terms.items():
-                self._sums[name] = self._sums.get(name, np.zeros(2)) + np.asarray(term, np.float64)
-        self._terms = []
+        if self._terms:
+            names = self._terms[0].names
+            rows = fetched(self._terms)  # (steps, n, 2)
+            total, weight = rows[:, names.index('loss')].T
+            self.losses.add(np.divide(total, weight, out=np.full_like(total, math.nan), where=weight != 0).tolist())
+            earlier = np.stack([self._sums.get(name, np.zeros(2)) for name in names])
+            # One after the other, as if a checkpoint had been made in between.
+            sums = np.add.accumulate(np.concatenate([earlier[None], rows]))[-1]
+            self._sums |= dict(zip(names, sums, strict=True))
+            self._terms = []
         return {name: sums.tolist() for name, sums in self._sums.items()}
 
     def _record(self, step: int, state: TrainState) -> float:
@@ -122,7 +127,7 @@ class EvaluateHook:
     def __init__(self, run: Run):
         self.run = run
 
-    def __call__(self, step: int, state: TrainState, terms: Terms) -> None:
+    def __call__(self, step: int, state: TrainState, terms: Packed) -> None:
         if self.run.is_due(self.run.experiment.evaluate.every, step):
             for split in self.run.experiment.evaluate.splits:
                 self.run.evaluate(split, step, state, whole=step == self.run.total_steps)
@@ -139,7 +144,7 @@ class CheckpointHook:
         self.run, self.checkpoints, self.best, self.log = run, checkpoints, best, log
         self._saved_at = time.monotonic()
 
-    def __call__(self, step: int, state: TrainState, terms: Terms) -> None:
+    def __call__(self, step: int, state: TrainState, terms: Packed) -> None:
         if self.best is not None and self._is_best(step):
             self.save(self.best, step, state)
         if self.run.is_due(self.run.experiment.checkpoint.every, step):
@@ -231,7 +236,7 @@ class EarlyStopHook:
         self.run = run
         self.check()
 
-    def __call__(self, step: int, state: TrainState, terms: Terms) -> None:
+    def __call__(self, step: int, state: TrainState, terms: Packed) -> None:
         settings = self.run.experiment.train.early_stop
         if settings.metric and self.run.is_evaluated(settings.metric, step):
             self.check()

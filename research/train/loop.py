@@ -4,7 +4,6 @@ mesh -> data -> task(model) -> facts -> optimiser -> abstract state -> compile -
 evaluation -> summary. Features are components, wrappers of the step (`step.py`) or hooks (`hooks.py`); none lives here.
 """
 
-import collections
 import contextlib
 import pathlib
 import shutil
@@ -19,7 +18,7 @@ from research.core.clock import Clock
 from research.core.errors import StoppedError, StorageError, UsageError
 from research.core.guardian import Guardian
 from research.core.schema import Experiment
-from research.core.terms import Terms
+from research.core.terms import Packed
 from research.data.build import build_augmentation, build_splits
 from research.data.pipeline import Prefetcher, make_feed
 from research.data.plan import evaluation_plan_of
@@ -44,15 +43,14 @@ from research.train.hooks import (
     check_watched,
     history,
 )
+from research.train.in_flight import InFlight
 from research.train.progress import Reporter
 from research.train.provenance import provenance
 from research.train.run import Run
 from research.train.run_directory import RunDirectory, digest, finished
 from research.train.state import TrainState
-from research.train.step import Step
+from research.train.step import CompiledStep
 from research.train.writer import Writer
-
-STEPS_IN_FLIGHT = 2  # more can dead-lock simulated devices, and hide which step is slow
 
 
 def train(
@@ -102,8 +100,8 @@ def _prepare(
     votes: Votes,
     overrides: list[str],
     allow_change: bool,
-    begin: Callable[[build.Parts, Experiment, Mesh], Callable[[], Step]],
-) -> tuple[Run, build.Parts, Callable[[], Step]]:
+    begin: Callable[[build.Parts, Experiment, Mesh], Callable[[], CompiledStep]],
+) -> tuple[Run, build.Parts, Callable[[], CompiledStep]]:
     """Everything before the first array: data, task, facts, abstract state, the step (whose compilation begins), run.json."""
     if (warning := cache.enable()) is not None:
         reporter.say(warning)
@@ -177,7 +175,7 @@ def _introduce(run: Run, task: Task, parts: build.Parts) -> None:
 def _train(
     run: Run,
     parts: build.Parts,
-    compiling: Callable[[], Step],
+    compiling: Callable[[], CompiledStep],
     checkpoints: Checkpoints,
     best: Checkpoints | None,
     watch: Guardian,
@@ -217,13 +215,13 @@ def _train(
         return _finish(run, state, parts, best, step)
 
 
-def _steps(run: Run, step: Step, state: TrainState, hooks: list[Hook]) -> TrainState:
+def _steps(run: Run, step: CompiledStep, state: TrainState, hooks: list[Hook]) -> TrainState:
     """The steps that are left, each followed by the hooks."""
     experiment, first = run.experiment, int(state.step)
     votes, plan = run.votes, rollback.training_plan(run)
     plan.batch(run.total_steps - 1)  # a mixture that ends before the run says so now
     feed = make_feed(run.splits['train'], plan, meshes.batch_sharding(run.mesh), experiment.data.placement)
-    in_flight: collections.deque[Terms] = collections.deque()
+    in_flight = InFlight(run.mesh)
     run.reporter.begin(first, run.total_steps)
     run.reporter.phase('training')
     with (
@@ -232,7 +230,7 @@ def _steps(run: Run, step: Step, state: TrainState, hooks: list[Hook]) -> TrainS
         Prefetcher(feed, first, experiment.data.prefetch, votes.leave_waiting) as batches,
     ):
         for hook in hooks[1:] if first else []:  # what a death cut short at this very step
-            hook(first, state, {})
+            hook(first, state, Packed((), None))
         for k in range(first, run.total_steps):
             with run.clock.phase('data'):
                 batch = batches(k)
@@ -240,9 +238,7 @@ def _steps(run: Run, step: Step, state: TrainState, hooks: list[Hook]) -> TrainS
             if run.stop is not None or run.is_cut_short:
                 break
             state, terms = step(state, batch)
-            in_flight.append(terms)
-            if len(in_flight) > STEPS_IN_FLIGHT:
-                jax.block_until_ready(in_flight.popleft())
+            in_flight.add(terms)
             for hook in hooks:
                 hook(k + 1, state, terms)
     return state

@@ -27,7 +27,7 @@ from research.train import build, rollback, start
 from research.train.checkpoint import NUMBERS_FIX, Checkpoints
 from research.train.open_run import recorded
 from research.train.state import TrainState
-from research.train.step import Step, divided
+from research.train.step import CompiledStep, Step, divided
 
 HUGE = 1e6  # a parameter beyond it was made by the steps before
 
@@ -72,7 +72,7 @@ def report(workdir: pathlib.Path, overrides: list[str], trust: bool) -> None:
     _take(jax.jit(unguarded), compiled, state, feed, bundle['batches'])
 
 
-def _take(unguarded: Step, guarded: Step, state: TrainState, feed: Feed, batches: list[Any]) -> None:
+def _take(unguarded: Step, guarded: CompiledStep, state: TrainState, feed: Feed, batches: list[Any]) -> None:
     """The bad steps, one by one: first looked at without the guard, then taken with it."""
     for entry in batches:
         step = entry['step']

@@ -17,13 +17,14 @@ import jax.numpy as jnp
 import optax
 
 from research.core import rng, terms
-from research.core.terms import Terms
+from research.core.terms import Packed, Terms
 from research.models import lowering
 from research.train.state import TrainState
 
 Batch = dict[str, jax.Array]
 Gradients = Callable[[Any, Batch, dict[str, jax.Array]], tuple[Any, Terms, Any]]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Terms]]
+CompiledStep = Callable[[TrainState, Batch], tuple[TrainState, Packed]]
 Augmentation = Callable[[jax.Array, Batch], Batch]
 
 CONSTANT = ('base', 'teacher')  # collections that no step changes: what an adapter froze, and the teacher's variables

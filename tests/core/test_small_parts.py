@@ -38,6 +38,14 @@ def test_example_keys_follow_the_example():
     assert bits(keys[0]) != bits(keys[2])
 
 
+def test_fetched_terms_are_the_numbers_of_each_step():
+    packs = [terms.pack({'loss': (jnp.float32(k), jnp.float32(2)), 'norm': (jnp.float32(0.1), jnp.ones(()))}) for k in range(3)]
+    found = terms.fetched(packs)
+    assert found.dtype == np.float64
+    np.testing.assert_array_equal(found[:, 0], [[0, 2], [1, 2], [2, 2]])
+    np.testing.assert_array_equal(found[:, 1], np.tile(np.float32([0.1, 1]), (3, 1)))
+
+
 def test_the_mean_of_terms_is_over_examples_not_batches():
     a = {'loss': terms.weighted(jnp.array([0.2, 0.2, 0.2]), jnp.ones(3))}
     b = {'loss': terms.weighted(jnp.array([1.0, 9.0]), jnp.array([1.0, 0.0]))}

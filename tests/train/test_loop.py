@@ -258,8 +258,9 @@ def test_an_unknown_split_or_batch_that_devices_cannot_share_is_told_at_once(run
 
 def test_nothing_is_fetched_or_compiled_between_log_steps(run, monkeypatch):
     fetches, compilations, seen = [], [], {}
-    fetch = jax.device_get
-    monkeypatch.setattr(jax, 'device_get', lambda tree: fetches.append(1) or fetch(tree))
+    for place, name in ((jax, 'device_get'), (hooks, 'fetched')):
+        fetch = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda tree, fetch=fetch: fetches.append(1) or fetch(tree))
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, seconds, **_: compilations.append(name) if name.endswith('backend_compile_duration') else None
     )
