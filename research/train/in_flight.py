@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 LEAST = 2  # more can dead-lock simulated devices, and hide which step is slow
-MOST, BURST_S = 16, 0.1  # steps and seconds of a burst: who asks a run to stop waits for no more
+MOST, BURST_S = 16, 1.0  # steps and seconds of a burst: who asks a run to stop waits for no more
 
 
 class InFlight:
