@@ -21,8 +21,8 @@ def get_config(recipe: str = 'better', epochs: float = 5.0):
     Args:
       recipe: 'reference' (Adam at 0.001, batch 32), 'better' (one-cycle Adam up to 0.003, batch 64, averaged parameters),
         'fast' (one-cycle Muon up to 0.008, batch 128, averaged parameters, label smoothing; the first convolution keeps the
-        border, fewer channels there, normalisation, silu), for 1.4 epochs, or 'accurate' (the same with flips, also in evaluation,
-        and a wider third convolution), for six.
+        border, fewer channels there, normalisation, silu), for 1.4 epochs, or 'accurate' (the same with flips, also in
+        evaluation, and a wider third convolution), for six.
       epochs: passes over the training split.
     """
     config = default_config()

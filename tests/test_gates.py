@@ -104,6 +104,14 @@ def test_the_state_is_donated(images):
     assert compiled.memory_analysis().alias_size_in_bytes >= 0.99 * state
 
 
+@pytest.mark.parametrize('ema', ['0', '0.99'])
+def test_the_guard_copies_nothing(ema, images):
+    compiled, _, _ = reference_step(images, f'train.ema={ema}')
+    entry = compiled.as_text().partition('\nENTRY')[2]
+    assert 'f32[1024,64]' in entry
+    assert not [line for line in entry.splitlines() if ' copy(' in line and '= f32[1024,64]' in line]
+
+
 def test_the_host_reads_nothing_between_log_evaluation_and_checkpoint(images, tmp_path, monkeypatch):
     """jax' guard of transfers sees none on a CPU, where nothing is transferred: here every read of an array's value counts."""
     array, steps, reads = type(jax.numpy.zeros(())), [0], []

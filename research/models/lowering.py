@@ -85,6 +85,20 @@ def materialised(x: jax.Array) -> jax.Array:
         return _barrier(x)
 
 
+def known_after(condition: jax.Array, arrays: Any) -> jax.Array:
+    """`condition`, a bool, in a form that XLA's CPU compiler can only work out when `arrays`, a tree, are written.
+
+    What is chosen by it comes after them, and may then overwrite what they read; without an order XLA copies that first.
+    """
+    if not on_cpu() or is_divided():
+        return condition
+    for leaf in jax.tree.leaves(arrays):
+        if leaf.size:
+            corner = leaf[(0,) * leaf.ndim]
+            condition &= (corner == corner) | condition
+    return condition
+
+
 def product(lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any, *args: Any, **options: Any) -> jax.Array:
     """`jax.lax.dot_general`, as one product of two matrices where the last axes of `lhs` meet the first of `rhs`.
 

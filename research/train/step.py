@@ -10,6 +10,7 @@ microbatches, padding and devices cannot change the result. Shape letters: B bat
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -177,10 +178,13 @@ def guarded(step: Step) -> Step:
         good = jnp.isfinite(found['loss'][0]) & jnp.isfinite(found['gradient_norm'][0])
         skips = state.extra['skips']
         counts = {'total': skips['total'] + ~good, 'in_a_row': jnp.where(good, 0, skips['in_a_row'] + 1)}
-        kept = jax.tree.map(lambda now, old: jnp.where(good, now, old), new, state)
-        kept = dataclasses.replace(kept, step=new.step, extra={**kept.extra, 'skips': counts})
+        kept, choice = {}, good
+        for part in ('extra', 'params', 'model_state', 'optimizer_state'):  # each is made of those behind it
+            kept[part] = jax.tree.map(partial(jnp.where, choice), getattr(new, part), getattr(state, part))
+            choice = lowering.known_after(choice, kept[part])
+        kept['extra']['skips'] = counts
         found = jax.tree.map(lambda x: jnp.where(good, x, 0.0), found)
-        return kept, {**found, 'skipped': ((~good).astype(jnp.float32), jnp.ones(()))}
+        return TrainState(step=new.step, **kept), {**found, 'skipped': ((~good).astype(jnp.float32), jnp.ones(()))}
 
     return guarded_step
 
