@@ -55,11 +55,21 @@ class Losses:
           BadNumbersError: they spike.
         """
         values, judged = self._values, self._judged
+        high = self._high(values)
         for end in range(judged + 1, len(values) + 1):
-            if self.sigmas is not None and (told := self._spike(values[max(0, end - RECENT - BASE) : end])):
+            if sum(high[max(0, end - RECENT) : end]) < RECENT / 2:  # nearly always: their median is none that spikes
+                continue
+            if told := self._spike(values[max(0, end - RECENT - BASE) : end]):
                 raise BadNumbersError(step - len(values) + end - RECENT, step, told)
         self._values = values[-(RECENT + BASE) :]
         self._judged = len(self._values)
+
+    def _high(self, values: list[float]) -> list[bool]:
+        """Which losses are so high that a median of such would spike after any of the others."""
+        if self.sigmas is None:
+            return [False] * len(values)
+        lowest = min((x for x in values if math.isfinite(x)), default=math.inf)
+        return [x > lowest + self.sigmas * FLOOR * abs(self.first or 0.0) for x in values]
 
     def _spike(self, values: list[float]) -> str | None:
         """What is wrong with the last of these losses, in words."""
@@ -68,8 +78,6 @@ class Losses:
             return None
         middle, now, least = statistics.median(base), statistics.median(recent), FLOOR * abs(self.first or 0.0)
         assert self.sigmas is not None
-        if now <= middle + self.sigmas * least:  # nearly always, and then no deviations need be looked at
-            return None
         scale = max(1.4826 * statistics.median([abs(x - middle) for x in base]), least)
         if now <= middle + self.sigmas * scale:
             return None
