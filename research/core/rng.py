@@ -9,6 +9,9 @@ Shape letters: B batch.
 import zlib
 
 import jax
+import jax.numpy as jnp
+
+from research.core import threefry
 
 
 def key(seed: int, name: str, *numbers: int | jax.Array) -> jax.Array:
@@ -16,7 +19,11 @@ def key(seed: int, name: str, *numbers: int | jax.Array) -> jax.Array:
 
     Returns a typed scalar key (`jax.random.key`).
     """
-    result = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+    address = zlib.crc32(name.encode())
+    if 0 <= seed < 2**32:
+        result = jax.random.wrap_key_data(jnp.asarray(threefry.folded(seed, address)))  # a constant of what is traced
+    else:
+        result = jax.random.fold_in(jax.random.key(seed), address)
     for number in numbers:
         result = jax.random.fold_in(result, number)
     return result
@@ -24,4 +31,5 @@ def key(seed: int, name: str, *numbers: int | jax.Array) -> jax.Array:
 
 def example_keys(stream: jax.Array, ids: jax.Array, epochs: jax.Array) -> jax.Array:
     """One key per example, (B,), from its id (B,) and epoch (B,): independent of batch size, order and devices."""
+    stream = threefry.straight(stream)
     return jax.vmap(lambda i, e: jax.random.fold_in(jax.random.fold_in(stream, i), e))(ids, epochs)
