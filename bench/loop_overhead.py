@@ -116,6 +116,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument('--worker', nargs=2, help=argparse.SUPPRESS)
     parser.add_argument('--rounds', type=int, default=30)
     parser.add_argument('--core', type=int, default=0)
+    parser.add_argument('--batches', nargs='*', type=int, choices=tuple(BLOCKS), default=tuple(BLOCKS))
     parser.add_argument('--output', type=pathlib.Path)
     options = parser.parse_args(argv)
     if options.worker:
@@ -124,7 +125,7 @@ def main(argv: list[str]) -> None:
         path = f'{folder}/images.npz'
         write_images(pathlib.Path(path))
         report, rounds = Report(), {}
-        for batch in BLOCKS:
+        for batch in options.batches:
             rounds[f'batch {batch}'] = measure(path, options.core, batch, options.rounds)
             tell(report, rounds[f'batch {batch}'], batch)
         report.end(options.output, {'rounds': rounds})
