@@ -60,9 +60,10 @@ class Bare:
         import jax
 
         for _ in range(count):
-            self.state, terms = self.step(self.state, self.batches[self.done % len(self.batches)])
+            batch = self.batches[self.done % len(self.batches)]
+            self.state, terms = self.step(self.state, batch)
             self.done += 1
-            self.in_flight.add(terms)
+            self.in_flight.add(terms, batch)
         jax.block_until_ready(self.state)
 
 

@@ -104,9 +104,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument('--core', type=int, default=0)
     parser.add_argument('--batch', type=int, default=32)
     parser.add_argument('--steps', type=int, default=1000)
-    parser.add_argument('--most', type=int, default=in_flight.MOST, help='steps in flight')
+    parser.add_argument('--most', type=int, default=in_flight.MOST, help='steps in flight, at least as many as elsewhere')
     parser.add_argument('--output', type=pathlib.Path)
     options = parser.parse_args(argv)
+    if options.most < in_flight.LEAST:
+        parser.error(f'--most must be at least {in_flight.LEAST}')
     os.sched_setaffinity(0, {options.core})
     os.environ.update(PINNED)  # before jax looks for its devices
     in_flight.MOST = options.most

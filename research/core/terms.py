@@ -50,7 +50,13 @@ def pack(terms: Terms) -> Packed:
 
 
 def fetched(packs: Sequence[Packed]) -> np.ndarray:
-    """The numbers of k >= 1 packed terms of the same n names, (k, n, 2) float64, when all are done."""
+    """The numbers of k >= 1 packed terms of the same n names, (k, n, 2) float64, when all are done.
+
+    Raises:
+      ValueError: their names differ.
+    """
+    if any(terms.names != packs[0].names for terms in packs):
+        raise ValueError(f'terms differ from step to step: {sorted({terms.names for terms in packs})}')
     arrays = [terms.array for terms in packs]
     if all(device.platform == 'cpu' for device in arrays[0].devices()):
         return np.stack([np.asarray(array) for array in arrays]).astype(np.float64)  # in place: a tenth of the time

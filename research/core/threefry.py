@@ -1,8 +1,13 @@
 """Threefry 2x32, the hash behind jax' random keys, as straight code: the same numbers without a loop.
 
+    jax.random.uniform(straight(key), (2,))        # what jax.random.uniform(key, (2,)) is
+
 Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", with 20 rounds, keyed and counted as jax does it
 (`jax_threefry_partitionable`). On a CPU jax gives XLA each hash as a loop, whose turns cost more than the numbers of a batch;
 an augmentation that draws three numbers an example had nine of them (`python -m bench.input`).
+
+A straight key is for a draw on the spot: its kind is one that jax does not know, so that `jax.random.poisson` refuses it and it
+cannot stand in one array with other keys. No function of Fulcrum but `straight` returns one.
 """
 
 import math
@@ -15,6 +20,8 @@ from jax.extend import random as extension
 
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 PARITY = np.uint32(0x1BD11BDA)
+settings: Any = jax.config  # whose attributes a type checker does not see
+STANDARD = 'threefry2x32'  # jax' name of its implementation
 WIDTHS = {8: jnp.uint8, 16: jnp.uint16, 32: jnp.uint32}
 
 
@@ -41,8 +48,21 @@ def folded(seed: int, *numbers: int) -> np.ndarray:
 
 
 def straight(key: jax.Array) -> jax.Array:
-    """A threefry key whose numbers, and those of the keys made from it, come from `hashed`; they are the same numbers."""
-    return jax.random.wrap_key_data(jax.random.key_data(key), impl=_IMPLEMENTATION)
+    """The key or keys, from which and from whose children come the same numbers, by `hashed` where that is the faster way.
+
+    That is on a CPU. Keys of another kind, and what jax counts in another way, are left to jax.
+    """
+    is_ours = jax.random.key_impl(key) == STANDARD and settings.jax_threefry_partitionable
+    if not is_ours or jax.default_backend() != 'cpu':
+        return key
+    return jax.random.wrap_key_data(jax.random.key_data(key), impl=_STRAIGHT)
+
+
+def standard(key: jax.Array) -> jax.Array:
+    """What was made `straight` as the key or keys that jax knows; others as they are."""
+    if jax.random.key_impl(key) != _STRAIGHT:
+        return key
+    return jax.random.wrap_key_data(jax.random.key_data(key), impl=STANDARD)
 
 
 def _fold_in(key: jax.Array, number: Any) -> jax.Array:
@@ -67,7 +87,7 @@ def _counts(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     return jnp.zeros_like(low), low
 
 
-_IMPLEMENTATION = extension.define_prng_impl(
+_STRAIGHT = extension.define_prng_impl(
     key_shape=(2,),
     seed=lambda seed: jax.random.key_data(jax.random.key(seed)),
     split=_split,

@@ -17,7 +17,9 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from research.core import rng
 from research.core.errors import UsageError
+from research.core.threefry import straight
 
 Batch = dict[str, jax.Array]
 Augmentation = Callable[[jax.Array, Batch], Batch]
@@ -31,7 +33,7 @@ def chain(augmentations: Sequence[Augmentation]) -> Augmentation:
 
     def apply(keys: jax.Array, batch: Batch) -> Batch:
         for index, augmentation in enumerate(augmentations):
-            batch = augmentation(jax.vmap(jax.random.fold_in, (0, None))(keys, index), batch)
+            batch = augmentation(rng.fold_each(keys, index), batch)
         return batch
 
     return apply
@@ -94,7 +96,7 @@ def pad_crop(*, padding: int = 4, mode: str = 'constant') -> Augmentation:
 
 def _crop_offsets(keys: jax.Array, padding: int) -> jax.Array:
     """Top and left corner of each crop in the padded image, (B, 2) int32 in 0..2 * padding."""
-    return jax.vmap(lambda key: jax.random.randint(key, (2,), 0, 2 * padding + 1))(keys)
+    return jax.vmap(lambda key: jax.random.randint(key, (2,), 0, 2 * padding + 1))(straight(keys))
 
 
 def _crop(images: jax.Array, offsets: jax.Array, padding: int, mode: str) -> jax.Array:
@@ -143,7 +145,7 @@ def random_erasing(
     check_choice('random_erasing.fill', fill, ('random', 'zero'))
 
     def transform(keys: jax.Array, images: jax.Array) -> jax.Array:
-        box_keys, noise_keys = jax.vmap(jax.random.split, out_axes=1)(keys)  # (B,) each
+        box_keys, noise_keys = rng.split_each(keys)  # (B,) each
         boxes = _erasing_boxes(box_keys, images.shape[1], images.shape[2], probability, area, aspect)
         return _erase(images, boxes, _noise(noise_keys, images) if fill == 'random' else jnp.zeros_like(images))
 
@@ -168,11 +170,13 @@ def _erasing_boxes(
         return jnp.concatenate([corner, side])  # (4,)
 
     image_sides = jnp.array([height, width])
-    return jax.vmap(draw)(keys)
+    return jax.vmap(draw)(straight(keys))
 
 
 def _noise(keys: jax.Array, images: jax.Array) -> jax.Array:
-    noise = jax.vmap(functools.partial(jax.random.bits, shape=images.shape[1:], dtype=jnp.uint8))(keys)  # (B, H, W, C)
+    noise = jax.vmap(functools.partial(jax.random.bits, shape=images.shape[1:], dtype=jnp.uint8))(
+        straight(keys)
+    )  # (B, H, W, C)
     return noise.astype(images.dtype)
 
 
@@ -223,12 +227,12 @@ def images_of(batch: Batch, key: str = 'image') -> jax.Array:
 
 def draw_chosen(keys: jax.Array, probability: float) -> jax.Array:
     """Which examples are chosen with `probability`, (B,) bool."""
-    return jax.vmap(lambda key: jax.random.bernoulli(key, probability))(keys)
+    return jax.vmap(lambda key: jax.random.bernoulli(key, probability))(straight(keys))
 
 
 def draw_centres(keys: jax.Array, height: int, width: int) -> jax.Array:
     """A uniform pixel (row, column) per example, (B, 2) int32."""
-    return jax.vmap(lambda key: jax.random.randint(key, (2,), 0, jnp.array([height, width])))(keys)
+    return jax.vmap(lambda key: jax.random.randint(key, (2,), 0, jnp.array([height, width])))(straight(keys))
 
 
 def square(centres: jax.Array, sides: jax.Array) -> jax.Array:

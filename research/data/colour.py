@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.core.errors import UsageError
+from research.core.threefry import straight
 from research.data.augment import Augmentation, check_range, on_images
 
 STEPS = 1024
@@ -46,7 +47,7 @@ def _jitter_amounts(keys: jax.Array, brightness: float, contrast: float, saturat
     spreads = np.array([brightness, contrast, saturation])
     low = np.round([*np.maximum(1 - spreads, 0) * STEPS, -6 * hue * STEPS]).astype(np.int32)
     high = np.round([*(1 + spreads) * STEPS, 6 * hue * STEPS]).astype(np.int32)
-    return jax.vmap(lambda key: jax.random.randint(key, (4,), low, high + 1))(keys)
+    return jax.vmap(lambda key: jax.random.randint(key, (4,), low, high + 1))(straight(keys))
 
 
 def _jitter(image: jax.Array, amounts: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from research.core.errors import UsageError
+from research.core.threefry import straight
 from research.data.augment import Augmentation, check_interval, check_range, on_images
 
 
@@ -75,7 +76,7 @@ def _draw_boxes(keys: jax.Array, height: int, width: int, area: tuple[float, flo
         sides = jnp.minimum(jnp.sqrt(jnp.stack([pixels * ratio, pixels / ratio])), image_sides)  # (2,)
         return jnp.concatenate([jnp.stack(place) * (image_sides - sides), sides])  # (4,)
 
-    return jax.vmap(draw)(keys)
+    return jax.vmap(draw)(straight(keys))
 
 
 def _resampled(image: jax.Array, box: jax.Array, shape: tuple[int, int]) -> jax.Array:

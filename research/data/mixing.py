@@ -20,7 +20,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from research.core import rng
 from research.core.errors import UsageError
+from research.core.threefry import straight
 from research.data.augment import Augmentation, Batch, check_range, draw_centres, draw_chosen, images_of, inside, square
 
 SMALLEST_ALPHA = 1e-3
@@ -73,7 +75,7 @@ def _mixing(name: str, alpha: float, probability: float, pixel_shares: Shares) -
             raise UsageError(
                 f'{name} pairs neighbours, but the batch has {len(images)} examples', 'use an even batch per device'
             )
-        share_keys, chosen_keys, place_keys = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys)  # (B,) each
+        share_keys, chosen_keys, place_keys = rng.split_each(keys, 3)  # (B,) each
         chosen = draw_chosen(chosen_keys, probability)
         shares = pixel_shares(place_keys, _draw_shares(share_keys, alpha), images.shape[1], images.shape[2])
         return _mix(batch, chosen, shares)
@@ -88,7 +90,7 @@ def _draw_shares(keys: jax.Array, alpha: float) -> jax.Array:
     uniform, T = sqrt(n (U**(-2 / n) - 1)) cos(2 pi V) is Student's t with n degrees of freedom (Bailey 1994, Mathematics of
     Computation 62), and 1/2 + T / (2 sqrt(n + T**2)) is Beta(n / 2, n / 2). Here ratio = T**2 / n and n = 2 alpha.
     """
-    uniforms = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)  # (B, 2)
+    uniforms = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(straight(keys))  # (B, 2)
     cosine = jnp.cos(2 * jnp.pi * uniforms[:, 1])
     ratio = jnp.expm1(-jnp.log(uniforms[:, 0]) / alpha) * cosine**2  # may be infinite: the share is then 0 or 1
     return 0.5 + 0.5 * jnp.sign(cosine) / jnp.sqrt(1 + 1 / ratio)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from research.core.threefry import straight
 from research.data import colour
 from research.data.augment import Augmentation, check_range, on_images
 
@@ -57,7 +58,7 @@ def randaugment(*, num_layers: int = 2, magnitude: int = 10) -> Augmentation:
 
 def _draw(keys: jax.Array, num_layers: int) -> tuple[jax.Array, jax.Array]:
     """The operations (indices into `OPERATIONS`) and the signs (0 is negative, 1 positive), each (B, L) int32."""
-    drawn = jax.vmap(lambda key: jax.random.randint(key, (num_layers,), 0, 2 * len(OPERATIONS)))(keys)  # (B, L)
+    drawn = jax.vmap(lambda key: jax.random.randint(key, (num_layers,), 0, 2 * len(OPERATIONS)))(straight(keys))  # (B, L)
     return drawn // 2, drawn % 2
 
 

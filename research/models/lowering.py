@@ -86,9 +86,11 @@ def materialised(x: jax.Array) -> jax.Array:
 
 
 def known_after(condition: jax.Array, arrays: Any) -> jax.Array:
-    """`condition`, a bool, in a form that XLA's CPU compiler can only work out when `arrays`, a tree, are written.
+    """`condition`, a bool, in a form that XLA's CPU compiler can only work out when `arrays`, a tree of floats, are written.
 
-    What is chosen by it comes after them, and may then overwrite what they read; without an order XLA copies that first.
+    What is chosen by it comes after them, and may then overwrite what they read; without an order XLA copies that first. It
+    lasts as long as XLA does not see that c & (p | c) is c: `tests/test_gates.py` counts the copies. Of an integer XLA sees
+    that it equals itself, so that it is not waited for.
     """
     if not on_cpu() or is_divided():
         return condition

@@ -23,6 +23,7 @@ import numpy as np
 
 from research.core import rng
 from research.core.errors import UsageError
+from research.core.threefry import straight
 from research.tasks.base import EXTRAS, Batch, Keys, Variables
 from research.tasks.chunked import Scores
 from research.tasks.states import Metric
@@ -111,7 +112,7 @@ class Masked(TokenTask):
         assert mask is not None
         quota = np.maximum(1, np.round(self.rate * np.arange(length + 1))).astype(int)  # by number of candidates
         quota[0] = 0
-        bits = jax.random.bits(key, (length, 3))  # a place's bits do not depend on the length
+        bits = jax.random.bits(straight(key), (length, 3))  # a place's bits do not depend on the length
         uniform = (bits >> 8).astype(jnp.float32) * 2.0**-24  # [0, 1)
         order = jnp.where(candidates, uniform[:, 0], 2.0)
         place = jnp.argsort(order)[: quota[-1]]  # (M,): candidates in random order, then the others

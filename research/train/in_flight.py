@@ -7,33 +7,44 @@ reference program costs half as much (`python -m bench.loop_profile`). It change
 
 import collections
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+from research.core import guardian
+
 LEAST = 2  # more can dead-lock simulated devices, and hide which step is slow
-MOST, BURST_S = 16, 1.0  # steps and seconds of a burst: who asks a run to stop waits for no more
+MOST, BURST_S = 16, 1.0  # steps of a burst, and its seconds at the pace of the burst before
+BURST_BYTES = 2**28  # of batches, which live until their step is done
 
 
 class InFlight:
-    """The results of the newest steps. After each step `add` waits until few enough are in flight."""
+    """The results of the newest steps. After each step `add` waits until few enough are in flight.
+
+    Steps that become slow without warning are `MOST` in flight once: whoever asks the run to stop waits for all of them.
+    """
 
     def __init__(self, mesh: Mesh):
         self._may_burst = mesh.size == 1 and mesh.devices.flat[0].platform == 'cpu'
         self._results: collections.deque[Any] = collections.deque()
         self._most, self._since = LEAST, time.monotonic()
 
-    def add(self, result: Any) -> None:
-        """`result`, of arrays, is that of the step that was just dispatched."""
+    def add(self, result: Any, batch: Mapping[str, Any]) -> None:
+        """`result` and `batch`, of arrays, are those of the step that was just dispatched."""
         self._results.append(result)
         if len(self._results) <= self._most:
             return
-        done = 0
-        while len(self._results) > LEAST:
-            last, done = self._results.popleft(), done + 1
-        jax.block_until_ready(last)
+        due = [self._results.popleft() for _ in range(len(self._results) - LEAST)]
+        begun = time.monotonic()
+        jax.block_until_ready(due[0])
+        is_slow = time.monotonic() - begun > BURST_S / MOST
+        for late in due[1:] if is_slow else due[-1:]:
+            jax.block_until_ready(late)
+            guardian.beat()  # a burst of steps that have become slow is no hang
         if self._may_burst:
             now = time.monotonic()
-            pace, self._since = (now - self._since) / done, now
-            self._most = min(max(int(BURST_S / max(pace, 1e-6)), LEAST), MOST)
+            pace, self._since = (now - self._since) / len(due), now
+            size = sum(array.nbytes for array in batch.values())
+            self._most = max(LEAST, min(MOST, int(BURST_S / max(pace, 1e-6)), BURST_BYTES // max(size, 1)))

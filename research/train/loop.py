@@ -238,7 +238,7 @@ def _steps(run: Run, step: CompiledStep, state: TrainState, hooks: list[Hook]) -
             if run.stop is not None or run.is_cut_short:
                 break
             state, terms = step(state, batch)
-            in_flight.add(terms)
+            in_flight.add(terms, batch)
             for hook in hooks:
                 hook(k + 1, state, terms)
     return state

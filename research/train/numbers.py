@@ -65,7 +65,10 @@ class Losses:
         self._judged = len(self._values)
 
     def _high(self, values: list[float]) -> list[bool]:
-        """Which losses are so high that a median of such would spike after any of the others."""
+        """Which losses are above the lowest by more than `sigmas` of the least deviation.
+
+        A median of recent losses that is not cannot spike: the median it is held against is no less than the lowest.
+        """
         if self.sigmas is None:
             return [False] * len(values)
         lowest = min((x for x in values if math.isfinite(x)), default=math.inf)

@@ -46,6 +46,12 @@ def test_fetched_terms_are_the_numbers_of_each_step():
     np.testing.assert_array_equal(found[:, 1], np.tile(np.float32([0.1, 1]), (3, 1)))
 
 
+def test_terms_of_other_names_are_not_mixed_up():
+    packs = [terms.pack({name: (jnp.ones(()), jnp.ones(())), 'loss': (jnp.ones(()), jnp.ones(()))}) for name in ('a', 'b')]
+    with pytest.raises(ValueError, match=r"'a', 'loss'.*'b', 'loss'"):
+        terms.fetched(packs)
+
+
 def test_the_mean_of_terms_is_over_examples_not_batches():
     a = {'loss': terms.weighted(jnp.array([0.2, 0.2, 0.2]), jnp.ones(3))}
     b = {'loss': terms.weighted(jnp.array([1.0, 9.0]), jnp.array([1.0, 0.0]))}

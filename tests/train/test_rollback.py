@@ -201,6 +201,33 @@ def test_a_spike_is_a_median_far_from_the_median_before():
     losses.check(137)
 
 
+def test_what_is_left_unjudged_would_not_have_spiked(monkeypatch):
+    """Losses of all kinds, beside a judge who looks at each."""
+    random, spikes = np.random.default_rng(0), 0
+    for _ in range(400):
+        values = np.abs(random.normal(random.uniform(0, 3), random.choice([0.001, 0.02, 0.3]), random.integers(40, 260)))
+        for _ in range(random.integers(0, 4)):  # stretches around half of those that a median is of
+            begin, size = random.integers(len(values)), random.integers(2, 14)
+            values[begin : begin + size] += random.choice([0.02, 0.3, 3.0, np.nan, np.inf])
+        sigmas = float(random.choice([0.0, 1.0, 5.0, 30.0]))
+        found = verdict(Losses(sigmas), values.tolist())
+        with monkeypatch.context() as patch:
+            patch.setattr(Losses, '_high', lambda self, values: [True] * len(values))
+            assert found == verdict(Losses(sigmas), values.tolist())
+        spikes += found is not None
+    assert 50 < spikes < 350
+
+
+def verdict(losses, values):
+    """When and why the losses are told to spike, if they do."""
+    losses.add(values)
+    try:
+        losses.check(len(values))
+    except BadNumbersError as error:
+        return error.since, error.reason
+    return None
+
+
 def test_losses_judge_the_same_after_a_restart():
     values = [2.3, *noisy(300, 0.5), *noisy(30, 2.0, 1)]
 
