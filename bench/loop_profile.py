@@ -6,6 +6,9 @@
 The loop is that of config `cifar10_cnn` with all its hooks (`bench/reference_cnn.py`); the first `WARM` steps do not count.
 Processor time of each thread by Linux' own count, to 10 ms in all; that of a part of the loop by the clock of its thread, the
 clock itself (under a microsecond) included. A part that stands further in is also in the one above it.
+
+The last lines are of the wall clock: how long the main thread waits for batches, which `events.jsonl` calls 'data wait', and
+how much of that ended with no step left to do. Only then has the device waited too, for at most so long.
 """
 
 import argparse
@@ -51,7 +54,8 @@ class Profile:
         self.batch, self.steps, self.report = batch, steps, report
         self.spent: dict[str, float] = collections.defaultdict(float)
         self.before: dict[str, float] = {}
-        self.since = 0.0
+        self.since = self.waited = self.stalled = 0.0
+        self.newest: Any = None  # result of the newest step
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function, whose time counts as that of `name`."""
@@ -65,11 +69,27 @@ class Profile:
 
         return inner
 
-    def look(self, step: int, state: Any) -> None:
+    def waiting(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, whose wall time counts as a wait for a batch."""
+
+        def inner(*args: Any, **kwargs: Any) -> Any:
+            begin = time.perf_counter()
+            found = function(*args, **kwargs)
+            waited = time.perf_counter() - begin
+            self.waited += waited
+            if self.newest is not None and self.newest.is_ready():
+                self.stalled += waited
+            return found
+
+        return inner
+
+    def look(self, step: int, state: Any, terms: Any) -> None:
         """Begins after `WARM` steps, ends and tells after `steps` more."""
+        self.newest = terms.array
         if step == WARM:
             jax.block_until_ready(state)
             self.spent.clear()
+            self.waited = self.stalled = 0.0
             self.since, self.before = time.perf_counter(), thread_seconds()
         elif step == WARM + self.steps:
             jax.block_until_ready(state)
@@ -84,6 +104,8 @@ class Profile:
                 self.report.say(f'{more / self.steps * 1e3:8.3f} ms  thread {name}')
         for name in ('dispatch of the step', *(part for part, _, _ in PARTS)):
             self.report.say(f'{self.spent[name] / self.steps * 1e3:8.3f} ms  {name}')
+        self.report.say(f'{100 * self.waited / seconds:8.2f} %   of the time waits for batches')
+        self.report.say(f'{100 * self.stalled / seconds:8.2f} %   at most, of which no step was left to do')
 
 
 def thread_seconds() -> dict[str, float]:
@@ -116,10 +138,11 @@ def main(argv: list[str]) -> None:
     profile = Profile(options.batch, options.steps, report)
     for name, owner, method in PARTS:
         setattr(owner, method, profile.timed(name, getattr(owner, method)))
+    pipeline.Prefetcher.__call__ = profile.waiting(pipeline.Prefetcher.__call__)
 
     def profiled(run: Any, step: Any, state: Any, those: list[Any]) -> Any:
         def last(step: int, state: Any, terms: Any) -> None:
-            profile.look(step, state)
+            profile.look(step, state, terms)
 
         return steps(run, profile.timed('dispatch of the step', step), state, [*those, last])
 
