@@ -61,7 +61,13 @@ class Data:
     placement: str = value(
         'host', 'where the examples wait: host memory, or whole on every device', choices=('host', 'device'), resumable=True
     )
-    prefetch: int = value(2, 'batches prepared ahead by a background thread; 0: none', unit='batches', low=0, resumable=True)
+    prefetch: int = value(
+        2,
+        'batches prepared ahead by a background thread, or as many as short steps on a CPU take at once; 0: none',
+        unit='batches',
+        low=0,
+        resumable=True,
+    )
     on_bad_record: str = value(
         'stop',
         "a record that cannot be read: 'stop' names it, 'skip' leaves it out under mask 0 and counts it",

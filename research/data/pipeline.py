@@ -28,6 +28,7 @@ Feed = Callable[[int], Batch]
 
 LOOK_UP_S = 0.1  # between two calls of `waiting`
 LEAVE_S = 1.0
+SMALL = 2**28  # bytes of batches that may wait where their number is not asked for
 
 
 def _local(plan: Plan, step: int) -> tuple[np.ndarray, Batch]:
@@ -100,16 +101,22 @@ def without_bad(batch: Batch) -> Batch:
     return {**batch, 'mask': mask * kept, BAD: bad}
 
 
+def small(batch: Batch, most: int) -> int:
+    """How many batches like this, up to `most`, are `SMALL` together."""
+    return min(most, SMALL // max(sum(array.nbytes for array in batch.values()), 1))
+
+
 class Prefetcher:
     """Runs a feed `depth` steps ahead in a background thread. Steps must be asked for in order, starting at `start`.
 
+    It runs up to `burst` steps ahead while so many batches are small: who takes many at once then wakes it but once.
     `waiting` is called now and then while the caller has to wait; it may leave by an exception.
     An error in the thread is raised in the caller, at the step it belongs to. It is a context manager: the thread ends with it,
     or, where it is in the middle of a read that takes longer than `LEAVE_S`, after that read.
     """
 
-    def __init__(self, feed: Feed, start: int, depth: int, waiting: Callable[[], None] = lambda: None):
-        self.feed, self.depth, self.waiting = feed, depth, waiting
+    def __init__(self, feed: Feed, start: int, depth: int, waiting: Callable[[], None] = lambda: None, burst: int = 0):
+        self.feed, self.depth, self.waiting, self.burst = feed, depth, waiting, burst
         self._next = start
         self._queue: queue.Queue[tuple[int, Batch | BaseException]] = queue.Queue(maxsize=max(depth, 1))
         self._stop = threading.Event()
@@ -151,6 +158,8 @@ class Prefetcher:
         while not self._stop.is_set():
             try:
                 batch: Batch | BaseException = self.feed(step)
+                if self.burst:
+                    self._queue.maxsize = max(self.depth, small(batch, self.burst))
             except BaseException as error:  # noqa: BLE001 - handed to the caller, who raises it
                 batch = error
             if self._stop.is_set():

@@ -7,17 +7,16 @@ reference program costs half as much (`python -m bench.loop_profile`). It change
 
 import collections
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from research.core import guardian
+from research.data.pipeline import Batch, small
 
 LEAST = 2  # more can dead-lock simulated devices, and hide which step is slow
 MOST, BURST_S = 16, 1.0  # steps of a burst, and its seconds at the pace of the burst before
-BURST_BYTES = 2**28  # of batches, which live until their step is done
 
 
 class InFlight:
@@ -27,11 +26,12 @@ class InFlight:
     """
 
     def __init__(self, mesh: Mesh):
-        self._may_burst = mesh.size == 1 and mesh.devices.flat[0].platform == 'cpu'
+        is_one_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == 'cpu'
+        self.burst = MOST if is_one_cpu else 0  # steps that may follow each other without a look at them
         self._results: collections.deque[Any] = collections.deque()
         self._most, self._since = LEAST, time.monotonic()
 
-    def add(self, result: Any, batch: Mapping[str, Any]) -> None:
+    def add(self, result: Any, batch: Batch) -> None:
         """`result` and `batch`, of arrays, are those of the step that was just dispatched."""
         self._results.append(result)
         if len(self._results) <= self._most:
@@ -43,8 +43,8 @@ class InFlight:
         for late in due[1:] if is_slow else due[-1:]:
             jax.block_until_ready(late)
             guardian.beat()  # a burst of steps that have become slow is no hang
-        if self._may_burst:
+        if self.burst:
             now = time.monotonic()
             pace, self._since = (now - self._since) / len(due), now
-            size = sum(array.nbytes for array in batch.values())
-            self._most = max(LEAST, min(MOST, int(BURST_S / max(pace, 1e-6)), BURST_BYTES // max(size, 1)))
+            # A batch lives until its step is done.
+            self._most = max(LEAST, small(batch, min(self.burst, int(BURST_S / max(pace, 1e-6)))))

@@ -227,7 +227,7 @@ def _steps(run: Run, step: CompiledStep, state: TrainState, hooks: list[Hook]) -
     with (
         run.clock.phase('train'),
         care.interruptible(run),
-        Prefetcher(feed, first, experiment.data.prefetch, votes.leave_waiting) as batches,
+        Prefetcher(feed, first, experiment.data.prefetch, votes.leave_waiting, in_flight.burst) as batches,
     ):
         for hook in hooks[1:] if first else []:  # what a death cut short at this very step
             hook(first, state, Packed((), None))

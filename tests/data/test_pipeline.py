@@ -1,4 +1,5 @@
 import threading
+import time
 
 import jax
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 
 from research.core.errors import UsageError
 from research.data.buckets import Buckets
-from research.data.pipeline import DeviceFeed, HostFeed, Prefetcher, make_feed
+from research.data.pipeline import SMALL, DeviceFeed, HostFeed, Prefetcher, make_feed
 from research.data.plan import EvaluationPlan, TrainPlan
 from research.data.source import ArraySource
 from research.parallel.mesh import batch_sharding, make_mesh
@@ -66,6 +67,25 @@ def test_prefetching_changes_nothing(depth):
         assert [feed(step)['step'] for step in range(5, 12)] == list(range(5, 12))
     assert asked[:7] == list(range(5, 12))
     assert len(asked) <= 7 + depth + 1
+
+
+@pytest.mark.parametrize(('rows', 'ahead'), [(1, 6), (SMALL // 4, 4), (SMALL, 2)])
+def test_small_batches_wait_for_a_burst(rows, ahead):
+    """`SMALL // 4` bytes is what four of them may have."""
+    asked = []
+    batch = {'image': np.broadcast_to(np.uint8(0), (rows,))}
+
+    def feed(step):
+        asked.append(step)
+        return batch
+
+    with Prefetcher(feed, start=0, depth=2, burst=6) as batches:
+        batches(0)
+        end = time.monotonic() + 10
+        while len(asked) < ahead + 2 and time.monotonic() < end:  # and one that finds no room
+            time.sleep(0.001)
+        time.sleep(0.05)
+        assert len(asked) == ahead + 2
 
 
 def test_an_error_in_the_thread_reaches_the_step_it_belongs_to():

@@ -5,9 +5,10 @@ import itertools
 import numpy as np
 import pytest
 
+from research.data.pipeline import SMALL
 from research.parallel.mesh import make_mesh
 from research.train import in_flight
-from research.train.in_flight import BURST_BYTES, BURST_S, LEAST, MOST, InFlight
+from research.train.in_flight import BURST_S, LEAST, MOST, InFlight
 
 
 class Device:
@@ -34,10 +35,10 @@ class Result:
         return self
 
 
-SMALL = {'image': np.zeros((32, 8), np.uint8), 'mask': np.zeros(32, np.float32)}
+TINY = {'image': np.zeros((32, 8), np.uint8), 'mask': np.zeros(32, np.float32)}
 
 
-def waits(device, mesh, steps, batch=SMALL):
+def waits(device, mesh, steps, batch=TINY):
     """How many steps were in flight when the host went to sleep for a step that was not done."""
     host = InFlight(mesh)
     for _ in range(steps):
@@ -71,7 +72,7 @@ def test_steps_that_become_slow_end_the_bursts(monkeypatch):
     host = InFlight(make_mesh(1))
     for step in range(200):
         device.pace, before = 0.001 if step < 100 else 5.0, device.now
-        host.add(device.step(), SMALL)
+        host.add(device.step(), TINY)
         waited.append(device.now - before)
     assert MOST + 1 in device.ahead
     assert device.ahead[-1] == LEAST + 1
@@ -82,7 +83,7 @@ def test_steps_that_become_slow_end_the_bursts(monkeypatch):
 
 def test_large_batches_are_few(monkeypatch):
     device = Device(monkeypatch, 0.001)
-    batch = {'image': np.broadcast_to(np.uint8(0), (BURST_BYTES // 4,)), 'mask': np.zeros(1, np.float32)}
+    batch = {'image': np.broadcast_to(np.uint8(0), (SMALL // 4,)), 'mask': np.zeros(1, np.float32)}
     waits(device, make_mesh(1), 60, batch)
     assert max(longest(device)) == 3 + 1  # a fourth would be some bytes too many
 
