@@ -6,8 +6,9 @@
 `bare`: the compiled step of the same experiment without the guard of non-finite numbers, on batches that are on the device
 already, dispatched as in the loop (`train/in_flight.py`). `guarded`: with the guard, the very program of the loop. The loop is
 held against the faster of the two, for XLA may make the one with less to do the slower. `again`: a second process of `guarded`.
-All read their programs from the compilation cache, as every run does but the first, and begin anew `STARTS` times. Pinned to
-one core, where nothing runs beside the step for free. Where the time of the loop goes tells `bench/loop_profile.py`.
+All read their programs from the compilation cache, as every run does but the first, and begin anew `--starts` times: two
+processes of one program differ by more, as long as they live, than what is looked for here. Pinned to one core, where nothing
+runs beside the step for free. Where the time of the loop goes tells `bench/loop_profile.py`.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import tempfile
 from typing import Any
 
 from bench.arms import PINNED, Rounds, Worker, compared, interleave, serve, timed
-from bench.reference_cnn import STARTS, experiment, write_images
+from bench.reference_cnn import experiment, write_images
 from bench.report import Report
 
 BLOCKS = {32: 200, 256: 30}  # steps in a block, by batch: long enough that what a process finds cold at its start is little
@@ -87,17 +88,17 @@ def work(kind: str, path: str) -> None:
     return serve(answer)
 
 
-def measure(path: str, core: int, batch: int, rounds: int) -> Rounds:
-    """The rounds of all arms, whose processes begin anew `STARTS` times, after one that compiles what they read."""
+def measure(path: str, core: int, batch: int, rounds: int, starts: int) -> Rounds:
+    """The rounds of all arms, whose processes begin anew so many times, after one that compiles what they read."""
     found: Rounds = []
-    for start in range(STARTS + 1):
+    for start in range(starts + 1):
         with contextlib.ExitStack() as stack:
             command = [sys.executable, '-m', 'bench.loop_overhead', '--worker']
             workers = {name: stack.enter_context(Worker([*command, kind, path], core, PINNED)) for name, kind in ARMS.items()}
             request = {'do': 'steps', 'batch': batch, 'count': BLOCKS[batch]}
             interleave(workers, request, 3 if start else 1)
             if start:
-                found.extend(interleave(workers, request, -(-rounds // STARTS), start))
+                found.extend(interleave(workers, request, -(-rounds // starts), start))
     return found
 
 
@@ -116,6 +117,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--worker', nargs=2, help=argparse.SUPPRESS)
     parser.add_argument('--rounds', type=int, default=30)
+    parser.add_argument('--starts', type=int, default=10)
     parser.add_argument('--core', type=int, default=0)
     parser.add_argument('--batches', nargs='*', type=int, choices=tuple(BLOCKS), default=tuple(BLOCKS))
     parser.add_argument('--output', type=pathlib.Path)
@@ -127,7 +129,7 @@ def main(argv: list[str]) -> None:
         write_images(pathlib.Path(path))
         report, rounds = Report(), {}
         for batch in options.batches:
-            rounds[f'batch {batch}'] = measure(path, options.core, batch, options.rounds)
+            rounds[f'batch {batch}'] = measure(path, options.core, batch, options.rounds, options.starts)
             tell(report, rounds[f'batch {batch}'], batch)
         report.end(options.output, {'rounds': rounds})
     return None
