@@ -28,7 +28,7 @@ Feed = Callable[[int], Batch]
 
 LOOK_UP_S = 0.1  # between two calls of `waiting`
 LEAVE_S = 1.0
-SMALL = 2**28  # bytes of batches that may wait where their number is not asked for
+BUFFER_BYTES = 2**28  # of the batches of a burst
 
 
 def _local(plan: Plan, step: int) -> tuple[np.ndarray, Batch]:
@@ -101,15 +101,15 @@ def without_bad(batch: Batch) -> Batch:
     return {**batch, 'mask': mask * kept, BAD: bad}
 
 
-def small(batch: Batch, most: int) -> int:
-    """How many batches like this, up to `most`, are `SMALL` together."""
-    return min(most, SMALL // max(sum(array.nbytes for array in batch.values()), 1))
+def fitting(batch: Batch, most: int) -> int:
+    """How many batches like this, up to `most`, have `BUFFER_BYTES` at most together."""
+    return min(most, BUFFER_BYTES // max(sum(array.nbytes for array in batch.values()), 1))
 
 
 class Prefetcher:
     """Runs a feed `depth` steps ahead in a background thread. Steps must be asked for in order, starting at `start`.
 
-    It runs up to `burst` steps ahead while so many batches are small: who takes many at once then wakes it but once.
+    It runs up to `burst` steps ahead where so many batches fit (`fitting`): who takes many at once then wakes it but once.
     `waiting` is called now and then while the caller has to wait; it may leave by an exception.
     An error in the thread is raised in the caller, at the step it belongs to. It is a context manager: the thread ends with it,
     or, where it is in the middle of a read that takes longer than `LEAVE_S`, after that read.
@@ -159,7 +159,7 @@ class Prefetcher:
             try:
                 batch: Batch | BaseException = self.feed(step)
                 if self.burst:
-                    self._queue.maxsize = max(self.depth, small(batch, self.burst))
+                    self._queue.maxsize = max(self.depth, fitting(batch, self.burst))
             except BaseException as error:  # noqa: BLE001 - handed to the caller, who raises it
                 batch = error
             if self._stop.is_set():

@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from research.core import guardian
-from research.data.pipeline import Batch, small
+from research.data.pipeline import Batch, fitting
 
 LEAST = 2  # more can dead-lock simulated devices, and hide which step is slow
 MOST, BURST_S = 16, 1.0  # steps of a burst, and its seconds at the pace of the burst before
@@ -47,4 +47,4 @@ class InFlight:
             now = time.monotonic()
             pace, self._since = (now - self._since) / len(due), now
             # A batch lives until its step is done.
-            self._most = max(LEAST, small(batch, min(self.burst, int(BURST_S / max(pace, 1e-6)))))
+            self._most = max(LEAST, fitting(batch, min(self.burst, int(BURST_S / max(pace, 1e-6)))))

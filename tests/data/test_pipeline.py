@@ -7,7 +7,7 @@ import pytest
 
 from research.core.errors import UsageError
 from research.data.buckets import Buckets
-from research.data.pipeline import SMALL, DeviceFeed, HostFeed, Prefetcher, make_feed
+from research.data.pipeline import BUFFER_BYTES, DeviceFeed, HostFeed, Prefetcher, make_feed
 from research.data.plan import EvaluationPlan, TrainPlan
 from research.data.source import ArraySource
 from research.parallel.mesh import batch_sharding, make_mesh
@@ -69,9 +69,9 @@ def test_prefetching_changes_nothing(depth):
     assert len(asked) <= 7 + depth + 1
 
 
-@pytest.mark.parametrize(('rows', 'ahead'), [(1, 6), (SMALL // 4, 4), (SMALL, 2)])
+@pytest.mark.parametrize(('rows', 'ahead'), [(1, 6), (BUFFER_BYTES // 4, 4), (BUFFER_BYTES, 2)])
 def test_small_batches_wait_for_a_burst(rows, ahead):
-    """`SMALL // 4` bytes is what four of them may have."""
+    """`BUFFER_BYTES // 4` bytes is what four of them may have."""
     asked = []
     batch = {'image': np.broadcast_to(np.uint8(0), (rows,))}
 

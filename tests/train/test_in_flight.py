@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from research.data.pipeline import SMALL
+from research.data.pipeline import BUFFER_BYTES
 from research.parallel.mesh import make_mesh
 from research.train import in_flight
 from research.train.in_flight import BURST_S, LEAST, MOST, InFlight
@@ -83,7 +83,7 @@ def test_steps_that_become_slow_end_the_bursts(monkeypatch):
 
 def test_large_batches_are_few(monkeypatch):
     device = Device(monkeypatch, 0.001)
-    batch = {'image': np.broadcast_to(np.uint8(0), (SMALL // 4,)), 'mask': np.zeros(1, np.float32)}
+    batch = {'image': np.broadcast_to(np.uint8(0), (BUFFER_BYTES // 4,)), 'mask': np.zeros(1, np.float32)}
     waits(device, make_mesh(1), 60, batch)
     assert max(longest(device)) == 3 + 1  # a fourth would be some bytes too many
 
